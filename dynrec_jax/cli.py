@@ -1,0 +1,119 @@
+"""The console script `dynrec VERB`: flags, one call, and an exit status.
+
+0: done, and `--help`. 2: a user's mistake, one line on standard error. 1: a fault of the machine, one line, or
+our own, with its traceback.
+"""
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+from absl import flags
+
+from dynrec_jax.allocator import restart_with_kept_memory
+from dynrec_jax.errors import ConfigError, MachineError, UserError
+
+VERBS = {
+    "prepare": "raw logs to a dataset folder",
+    "train": "train a model, or go on with a run",
+    "evaluate": "metrics of a run on the whole catalogue",
+    "score": "recommendations for users, as Parquet",
+}
+HEAVY = ("train", "evaluate", "score")  # verbs that compute with XLA
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns the exit status. Without `arguments` it is the console script."""
+    if arguments is None and len(sys.argv) > 1 and sys.argv[1] in HEAVY:
+        restart_with_kept_memory()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return report_errors(lambda: _run(given))
+
+
+def report_errors(work: Callable[[], int | None]) -> int:
+    """Runs `work` and turns what the user or the machine got wrong into one line and an exit status."""
+    try:
+        return work() or 0
+    except UserError as error:
+        return _fail(error, 2)
+    except MachineError as error:
+        return _fail(error, 1)
+    except ArithmeticError as error:
+        # A loss or scores that are not finite: the message says where, and a traceback adds nothing.
+        return _fail(error, 1)
+    except BrokenPipeError:
+        # The reader of our output has gone (`dynrec … | head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+            raise
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print(
+            "dynrec: interrupted; the same command goes on from the last checkpoint or part", file=sys.stderr
+        )
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("--help", "-h", "-help", "help"):
+        print(_overview())
+        return 0 if arguments else 2
+    verb = arguments[0]
+    if verb == "--version":
+        from dynrec_jax import __version__
+
+        print(__version__)
+        return 0
+    if verb not in VERBS:
+        raise ConfigError(f"{verb!r} is no verb; expected one of {', '.join(VERBS)} (dynrec --help)")
+    module = importlib.import_module(f"dynrec_jax.verbs.{verb}")
+    if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in arguments[1:]):
+        print(_help(verb, module))
+        return 0
+    values = _parse(verb, module, arguments[1:])
+    module.run(values)
+    return 0
+
+
+def _parse(verb: str, module: ModuleType, arguments: list[str]) -> flags.FlagValues:
+    values = module.define_flags()
+    try:
+        rest = values([f"dynrec {verb}", *arguments])
+    except flags.Error as error:
+        raise ConfigError(f"{_line(error)} (dynrec {verb} --help)") from None
+    except Exception as error:  # an experiment file runs here, and may fail in any way
+        raise ConfigError(f"--config: {type(error).__name__}: {_line(error)}") from None
+    if len(rest) > 1:
+        raise ConfigError(f"{rest[1]!r}: expected flags only, as --name=value (dynrec {verb} --help)")
+    return values
+
+
+def _overview() -> str:
+    lines = [f"  {verb:<10}{text}" for verb, text in VERBS.items()]
+    return "\n".join(
+        ["usage: dynrec VERB [--flag=value …]", "", *lines, "", "dynrec VERB --help shows its flags."]
+    )
+
+
+def _help(verb: str, module: ModuleType) -> str:
+    own = module.define_flags().flags_by_module_dict()
+    lines = [f"usage: dynrec {verb} [--flag=value …]", "", (module.__doc__ or "").strip(), "", "flags:"]
+    for group in own.values():
+        for flag in group:
+            default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str})"
+            lines.append(f"  --{flag.name}: {flag.help}{default}")
+    return "\n".join(lines)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(error: BaseException, status: int) -> int:
+    print(f"dynrec: {_line(error)}", file=sys.stderr)
+    return status

@@ -1,0 +1,250 @@
+"""Every config key with its default, unit and reason; experiment files state differences from this one.
+
+Code never supplies a default: it reads `config.train.learning_rate`, and a key that is not here is an error. A
+config is locked as soon as it is made, so an unknown key or a value of another type stops a run before any data
+is opened.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from dynrec_jax.errors import ConfigError
+
+# Keys that may change between a run and its continuation: they move the work, not the result.
+FREE_ON_RESUME = (
+    "mesh",
+    "logging",
+    "data.cache_dir",
+    "data.prefetch",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "evaluation.batch_size",
+)
+
+CHOICES = {
+    "data.windows": ("last", "random"),
+    "model.name": ("bstm",),
+    "model.block": ("prenorm", "seed"),
+    "model.dtype": ("float32", "bfloat16"),
+    "loss.kind": ("full", "sampled"),
+    "loss.sampler": ("uniform", "popularity"),
+    "train.row_optimizer": ("adam", "adagrad"),
+    "evaluation.split": ("leave_one_out", "global_time"),
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All keys with their defaults, locked."""
+    c = ml_collections.ConfigDict()
+    c.dataset = ""  # the dataset folder that `dynrec prepare` wrote
+    c.seed = 0  # initial weights, order of the histories, dropout, negatives
+
+    c.data = ml_collections.ConfigDict()
+    c.data.max_length = 200  # events of a history that the encoder reads
+    c.data.windows = "last"  # of a longer history: its end, or a window drawn anew each time ("random")
+    c.data.items = 0  # a catalogue's size in place of a dataset, for planning without data
+    c.data.cache_dir = ""  # memory-mapped copies of the shards; empty: ~/.cache/dynrec_jax
+    c.data.prefetch = 4  # batches assembled ahead of the device
+
+    c.model = ml_collections.ConfigDict()
+    c.model.name = "bstm"
+    c.model.dim = 64  # D, of users and of items alike
+    c.model.layers = 2
+    c.model.heads = 2
+    c.model.block = "prenorm"  # one of models.layers.BLOCKS
+    c.model.feedforward = 4.0  # hidden width of the feed-forward as a multiple of D
+    c.model.dropout = 0.2
+    c.model.normalise = False  # unit-length user and item vectors in ABRA
+    c.model.temperature = 0.1  # divides ABRA's logits, next to sqrt(d_u + d_v)
+    c.model.hops = 0  # how often ABRA's mixture refines the query
+    c.model.forward_weight = 1.0  # of the traversal that predicts the next item
+    c.model.backward_weight = 0.5  # of the traversal that predicts the previous item; 0 leaves it out
+    c.model.dtype = "float32"  # of activations and matrix products; parameters stay float32
+
+    c.loss = ml_collections.ConfigDict()
+    c.loss.kind = "full"  # softmax over the whole catalogue, or "sampled"
+    c.loss.block_items = 8192  # catalogue rows that are scored at a time
+    c.loss.block_positions = 512  # positions that are scored at a time
+    c.loss.negatives = 512  # "sampled": negatives that a batch shares
+    c.loss.sampler = "uniform"  # "sampled": where they come from; "popularity" follows training counts
+    c.loss.logq = True  # "sampled": correct for how likely a negative was drawn
+
+    c.train = ml_collections.ConfigDict()
+    c.train.steps = 5_000  # optimizer steps
+    c.train.batch_size = 128  # histories a step, over all devices
+    c.train.accumulation = 1  # parts that a batch is computed in, one after the other
+    c.train.learning_rate = 1e-3  # at its peak
+    c.train.warmup = 0.05  # share of the steps in which the rate rises from 0
+    c.train.final_rate = 0.05  # share of the peak that is left at the end of the cosine
+    c.train.weight_decay = 0.01  # of matrices of the encoder; never of item tables, norms or biases
+    c.train.clip_norm = 1.0  # of the whole gradient; 0 does not clip
+    c.train.beta2 = 0.98  # Adam's second moment: recent enough for rates that fall
+    c.train.row_optimizer = "adam"  # of table rows where only touched rows move ("sampled")
+    c.train.checkpoint_every = 500  # steps
+    c.train.evaluate_every = 500  # steps; 0 evaluates after the last one alone
+    c.train.keep_last = 2  # checkpoints kept beside the best one
+    c.train.patience = 0  # evaluations without a better metric until the run stops; 0 never stops early
+
+    c.evaluation = ml_collections.ConfigDict()
+    c.evaluation.split = "leave_one_out"  # or "global_time"
+    c.evaluation.holdout = (
+        0.1  # "global_time": share of the events after the test cut, and again for validation
+    )
+    c.evaluation.filter_seen = True  # items of the history are not recommended
+    c.evaluation.ks = (1, 5, 10, 20, 50, 100)
+    c.evaluation.metric = "ndcg@10"  # chooses the checkpoint, on validation
+    c.evaluation.batch_size = 256  # users at a time
+    c.evaluation.recent = 0.1  # share of the training events that "recent popularity" counts
+
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = -1  # devices along each axis; -1 takes those that are left
+    c.mesh.table = 1
+    c.mesh.tensor = 1
+
+    c.logging = ml_collections.ConfigDict()
+    c.logging.every = 50  # steps between lines of metrics
+    c.logging.tensorboard = False  # needs the extra "tensorboard"
+    return c.lock()
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError for a value that is out of range or contradicts another."""
+    for key, choices in CHOICES.items():
+        if _get(config, key) not in choices:
+            raise ConfigError(f"config.{key}: {_get(config, key)!r} is not one of {', '.join(choices)}")
+    _at_least(
+        config,
+        1,
+        *("data.max_length", "data.prefetch", "model.dim", "model.layers", "model.heads", "loss.block_items"),
+        *("loss.block_positions", "loss.negatives", "train.steps", "train.batch_size", "train.accumulation"),
+        *("train.checkpoint_every", "train.keep_last", "evaluation.batch_size", "logging.every"),
+    )
+    _at_least(config, 0, "train.evaluate_every", "train.patience", "train.clip_norm", "train.weight_decay")
+    _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops", "seed")
+    _within(config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2")
+    _within(config, 0.0, 0.5, "evaluation.holdout")
+    _within(config, 0.0, 1.0, "evaluation.recent")
+    c = config
+    if c.model.dropout == 1.0:
+        raise ConfigError("config.model.dropout: 1.0 would drop everything; expected less than 1")
+    if c.model.temperature <= 0 or c.train.learning_rate <= 0:
+        raise ConfigError("config.model.temperature and config.train.learning_rate must be greater than 0")
+    if c.model.dim % c.model.heads:
+        raise ConfigError(f"config.model.dim: {c.model.dim} does not divide by model.heads={c.model.heads}")
+    if c.model.forward_weight + c.model.backward_weight == 0:
+        raise ConfigError(
+            "config.model: forward_weight and backward_weight are both 0; nothing would be trained"
+        )
+    if c.model.hops and c.loss.kind == "sampled":
+        raise ConfigError("config.model.hops: a refined query needs the whole catalogue; use loss.kind=full, or hops=0")
+    if c.train.batch_size % c.train.accumulation:
+        raise ConfigError(
+            f"config.train.batch_size: {c.train.batch_size} does not divide by accumulation={c.train.accumulation}"
+        )
+    if not c.evaluation.ks or any(not isinstance(k, int) or k < 1 for k in c.evaluation.ks):
+        raise ConfigError(f"config.evaluation.ks: {tuple(c.evaluation.ks)} must be integers from 1 up")
+    names = [f"{m}@{k}" for k in c.evaluation.ks for m in ("ndcg", "recall", "coverage")] + ["mrr"]
+    if c.evaluation.metric not in names:
+        raise ConfigError(
+            f"config.evaluation.metric: {c.evaluation.metric!r} is not one of {', '.join(names)}"
+        )
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as JSON text with sorted keys."""
+    return json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(path: Path) -> ml_collections.ConfigDict:
+    """A config written by `to_json`; data, never executed.
+
+    Raises:
+      ConfigError: the file is missing, not JSON, or has keys that this version does not know.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected a run folder made by `dynrec train`") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            f"{path}: not readable as JSON ({error}); expected what `dynrec train` wrote"
+        ) from None
+    config = default_config()
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{path}: holds a {type(stored).__name__}; expected a JSON object of config keys")
+    _fill(config, stored, path, "")
+    validate(config)
+    return config
+
+
+def difference(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
+    """The keys whose values differ and may not differ on resume, as `key: old -> new`."""
+    before, after = flat(old), flat(new)
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME):
+            continue
+        if before.get(key) != after.get(key):
+            lines.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
+    return lines
+
+
+def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """All keys with their full names, `{"train.steps": 5000, …}`."""
+    return _flat(_plain(config))
+
+
+def _get(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _at_least(config: ml_collections.ConfigDict, low: int, *keys: str) -> None:
+    for key in keys:
+        if not _get(config, key) >= low:
+            raise ConfigError(f"config.{key}: {_get(config, key)!r}; expected {low} or more")
+
+
+def _within(config: ml_collections.ConfigDict, low: float, high: float, *keys: str) -> None:
+    for key in keys:
+        value = _get(config, key)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise ConfigError(f"config.{key}: {value!r}; expected a number from {low} to {high}")
+
+
+def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    return {
+        key: _plain(value)
+        if isinstance(value, ml_collections.ConfigDict)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for key, value in config.items()
+    }
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _fill(config: ml_collections.ConfigDict, stored: dict[str, Any], path: Path, prefix: str) -> None:
+    for key, value in stored.items():
+        if key not in config:
+            raise ConfigError(f"{path}: unknown key {prefix}{key}; it was written by another version")
+        if isinstance(config[key], ml_collections.ConfigDict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{path}: {prefix}{key} is {value!r}; expected a JSON object")
+            _fill(config[key], value, path, f"{prefix}{key}.")
+            continue
+        try:
+            config[key] = tuple(value) if isinstance(value, list) else value
+        except TypeError as error:
+            raise ConfigError(f"{path}: {prefix}{key}: {error}") from None

@@ -1,0 +1,233 @@
+"""Histories in memory-mapped Arrow: built once from the Parquet shards, then read without a copy.
+
+The cache is one Arrow IPC file, a record batch a shard, uncompressed. The list columns' buffers all lie in one
+mapping, so a history is a range of it, and a batch of histories one gather.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dynrec_jax.data.dataset import Dataset
+from dynrec_jax.errors import DataError, MachineError
+
+LISTS = {"items": np.int32, "times": np.int64, "events": np.int32}
+SCHEMA = pa.schema(
+    [
+        ("user_id", pa.large_string()),
+        ("items", pa.large_list(pa.int32())),
+        ("times", pa.large_list(pa.int64())),
+        ("events", pa.large_list(pa.int32())),
+    ]
+)
+
+
+class Windows(NamedTuple):
+    """Ranges of histories, padded with zeros on the right.
+
+    Attributes:
+      items: int32[B, W].
+      times: int32[B, W], seconds since the dataset's first event; zeros where the data has no times.
+      events: int32[B, W]; zeros where the data has no event types.
+    """
+
+    items: np.ndarray
+    times: np.ndarray
+    events: np.ndarray
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/dynrec_jax`, or `~/.cache/dynrec_jax`."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "dynrec_jax"
+
+
+class Histories:
+    """The histories of some shards, memory-mapped.
+
+    Users are numbered in the order of their shards, and within a shard by user id.
+
+    Attributes:
+      dataset: where they come from.
+      shards: the shards held, in order.
+      lengths: int64[U], events of each user.
+      shard_first: int64[S], number of the first user of each of the dataset's shards (0 for shards not held).
+      shard_users: int64[S], users of each shard (0 for shards not held).
+    """
+
+    def __init__(self, dataset: Dataset, cache_dir: str | Path = "", shards: range | None = None):
+        """Maps the cache of `shards` (all by default), building it where it is not there yet.
+
+        Raises:
+          DataError: a shard's Parquet is missing, damaged or not the one that `dataset.json` names.
+          MachineError: the cache cannot be written.
+        """
+        self.dataset = dataset
+        self.shards = range(dataset.shards) if shards is None else shards
+        path = _build(dataset, Path(cache_dir) if cache_dir else default_cache_dir(), self.shards)
+        self._mapping = pa.memory_map(str(path)).read_buffer()
+        reader = pa.ipc.open_file(pa.BufferReader(self._mapping))
+        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self.shard_first = np.zeros(dataset.shards, np.int64)
+        self.shard_users = np.zeros(dataset.shards, np.int64)
+        users = 0
+        for shard, batch in zip(self.shards, self._batches, strict=True):
+            self.shard_first[shard], self.shard_users[shard] = users, batch.num_rows
+            users += batch.num_rows
+        self.lengths = self._join([np.diff(_offsets(b.column("items"))) for b in self._batches])
+        self._start = {
+            name: self._join([self._starts(b.column(name), kind) for b in self._batches])
+            for name, kind in LISTS.items()
+        }
+        self._flat = {
+            name: np.frombuffer(self._mapping, kind, self._mapping.size // np.dtype(kind).itemsize)
+            for name, kind in LISTS.items()
+        }
+
+    @staticmethod
+    def _join(parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([*parts, np.zeros(0, np.int64)])
+
+    def _starts(self, column: pa.Array, kind: type) -> np.ndarray:
+        """Where each list of a column begins, counted in elements from the start of the mapping."""
+        values = column.values.buffers()[1]
+        if values is None:
+            return np.zeros(len(column), np.int64)
+        first = (values.address - self._mapping.address) // np.dtype(kind).itemsize
+        return first + _offsets(column)[:-1]
+
+    @property
+    def users(self) -> int:
+        """U, users of the shards held."""
+        return len(self.lengths)
+
+    def ids_of(self, users_U: np.ndarray) -> list[str]:
+        """Ids of some users."""
+        ids = np.empty(len(users_U), object)
+        first = 0
+        for batch in self._batches:
+            here = np.nonzero((users_U >= first) & (users_U < first + batch.num_rows))[0]
+            if len(here):
+                ids[here] = batch.column("user_id").take(pa.array(users_U[here] - first)).to_pylist()
+            first += batch.num_rows
+        return ids.tolist()
+
+    def windows(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> Windows:
+        """The last `size` events before event number `end` of each user; a user of -1 gives an empty row."""
+        real_B = users_B >= 0
+        user_B = np.where(real_B, users_B, 0)
+        ends_B = np.where(real_B, ends_B, 0)
+        starts_B = np.maximum(ends_B - size, 0)
+        at_BxW = starts_B[:, None] + np.arange(size)
+        inside = at_BxW < ends_B[:, None]
+        items = self._gather("items", user_B, at_BxW, inside)
+        zeros = np.zeros_like(items)
+        times = zeros
+        if self.dataset.has_times:
+            seconds = self._gather("times", user_B, at_BxW, inside) - int(self.dataset.first_time or 0)
+            times = np.where(inside, np.clip(seconds, 0, np.iinfo(np.int32).max), 0).astype(np.int32)
+        events = self._gather("events", user_B, at_BxW, inside) if self.dataset.has_events else zeros
+        return Windows(items, times, events)
+
+    def item_at(self, users_B: np.ndarray, at_B: np.ndarray) -> np.ndarray:
+        """int32[B], item of event number `at` of each user."""
+        return self._flat["items"][self._start["items"][users_B] + at_B]
+
+    def _gather(self, name: str, users_B: np.ndarray, at_BxW: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        place = np.where(inside, self._start[name][users_B][:, None] + at_BxW, 0)
+        return np.where(inside, self._flat[name][place], 0)
+
+    def count_before(self, moment: int) -> np.ndarray:
+        """int64[U], events of each user before a moment (seconds since 1970)."""
+        parts = []
+        for batch in self._batches:
+            column = batch.column("times")
+            early = np.concatenate([[0], np.cumsum(column.values.to_numpy(zero_copy_only=True) < moment)])
+            offsets = _offsets(column)
+            parts.append(early[offsets[1:]] - early[offsets[:-1]])
+        return self._join(parts)
+
+    def item_counts(
+        self, ends_U: np.ndarray, starts_U: np.ndarray | None = None, since: int | None = None
+    ) -> np.ndarray:
+        """int64[N + 1], events of each item before event number `end` of every user.
+
+        Args:
+          ends_U: int64[U].
+          starts_U: int64[U], count from these events on; from the first where not given.
+          since: count events from this moment on (seconds since 1970).
+        """
+        counts = np.zeros(self.dataset.items + 1, np.int64)
+        first = 0
+        for batch in self._batches:
+            column = batch.column("items")
+            offsets = _offsets(column)
+            users = slice(first, first + batch.num_rows)
+            first += batch.num_rows
+            length = np.diff(offsets)
+            at = np.arange(offsets[-1]) - np.repeat(offsets[:-1], length)
+            chosen = at < np.repeat(ends_U[users], length)
+            if starts_U is not None:
+                chosen &= at >= np.repeat(starts_U[users], length)
+            if since is not None:
+                chosen &= batch.column("times").values.to_numpy(zero_copy_only=True) >= since
+            items = column.values.to_numpy(zero_copy_only=True)
+            counts += np.bincount(items[chosen], minlength=len(counts))
+        return counts
+
+
+def _offsets(column: pa.Array) -> np.ndarray:
+    """int64[rows + 1]; a null list has no elements."""
+    return column.offsets.to_numpy().astype(np.int64, copy=False)
+
+
+def _build(dataset: Dataset, cache_dir: Path, shards: range) -> Path:
+    folder = cache_dir / dataset.content[:32]
+    path = folder / f"{shards.start:05d}-{shards.stop:05d}-{shards.step:05d}-of-{dataset.shards:05d}.arrow"
+    if path.exists():
+        return path
+    temporary = folder / f".{path.name}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            with pa.ipc.new_file(file, SCHEMA) as writer:
+                for shard in shards:
+                    writer.write_batch(_shard_batch(dataset, shard))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise MachineError(
+            f"{folder}: the cache of the dataset cannot be written ({error}); set --cache_dir"
+        ) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _shard_batch(dataset: Dataset, shard: int) -> pa.RecordBatch:
+    name = f"interactions/part-{shard:05d}-of-{dataset.shards:05d}.parquet"
+    path = dataset.path / name
+    try:
+        raw = path.read_bytes()
+        if hashlib.sha256(raw).hexdigest() != dataset.info["files"][name]["sha256"]:
+            raise DataError(
+                f"{path}: its bytes are not those that dataset.json names; copy or prepare it again"
+            )
+        table = pq.read_table(pa.BufferReader(raw)).select(SCHEMA.names).cast(SCHEMA).combine_chunks()
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no such file; the dataset folder is incomplete, copy or prepare it again"
+        ) from None
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not a readable shard ({error}); copy or prepare it again") from None
+    if table.num_rows == 0:
+        return pa.RecordBatch.from_pylist([], schema=SCHEMA)
+    return table.to_batches()[0]

@@ -1,0 +1,147 @@
+"""Evaluation: the whole catalogue ranked for every user that has a target, with its protocol and baselines."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from dynrec_jax.data.cache import Histories
+from dynrec_jax.data.examples import NONE, Splits
+from dynrec_jax.data.pipeline import time_cuts
+from dynrec_jax.errors import DataError
+from dynrec_jax.evaluate.metrics import Coverage, ranking_metrics, ranks
+from dynrec_jax.evaluate.recommender import Lists, Recommender, fixed_lists, groups
+from dynrec_jax.models.bstm import Bstm
+from dynrec_jax.parallel.table import rows_for
+
+LIST_LENGTH = 100  # what scoring writes by default: the metrics are those of that list
+
+
+def asked(splits: Splits, which: str) -> np.ndarray:
+    """int64[U], the event that "validation" or "test" asks for; NONE where there is none."""
+    return splits.validation if which == "validation" else splits.test
+
+
+class Evaluator:
+    """Metrics of one split of a dataset."""
+
+    def __init__(
+        self,
+        histories: Histories,
+        splits: Splits,
+        which: str,
+        model: Bstm,
+        config: ml_collections.ConfigDict,
+        mesh: Mesh,
+    ):
+        """`which` is "validation" or "test"; raises DataError where no user has such a target."""
+        self._histories = histories
+        self._splits = splits
+        self._config = config
+        self._items = histories.dataset.items
+        self.which = which
+        ends_U = asked(splits, which)
+        self.users_U = np.nonzero(ends_U != NONE)[0]
+        if len(self.users_U) == 0:
+            raise DataError(
+                f"{histories.dataset.path}: no user has a {which} target; a user needs three events or more"
+            )
+        self.ends_U = ends_U[self.users_U]
+        self.targets_U = histories.item_at(self.users_U, self.ends_U)
+        self.parts = [slice(*np.searchsorted(self.users_U, [g.start, g.stop])) for g in groups(histories)]
+        k = min(LIST_LENGTH, self._items)
+        self.ks = tuple(k_ for k_ in config.evaluation.ks if k_ <= k)
+        self.recommender = Recommender(
+            model, mesh, config.evaluation.batch_size, k, config.evaluation.filter_seen
+        )
+
+    def metrics(self, params: Any, tables: Any) -> dict[str, float]:
+        """The model's metrics; raises NonFiniteScores where it gives NaN."""
+        return self.metrics_of(self.recommender.prepare(params, tables))
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Metrics of `popularity` and `recent_popularity`, counted on training events alone."""
+        result = {}
+        for name, counts in popularity_counts(self._histories, self._splits, self._config).items():
+            scores_R = np.zeros(rows_for(self._items), np.float32)
+            scores_R[: len(counts)] = counts
+            lists = fixed_lists(self.recommender, scores_R, self._items, self._config.loss.block_items)
+            result[name] = self.metrics_of(lists)
+        return result
+
+    def metrics_of(self, lists: Callable[..., Lists]) -> dict[str, float]:
+        """Metrics of what a function (histories, users, ends) -> Lists recommends."""
+        ranks_U = np.full(len(self.users_U), np.inf)
+        shown = Coverage(self._items, self.ks)
+        for part in self.parts:
+            if part.start == part.stop:
+                continue
+            made = lists(self._histories, self.users_U[part], self.ends_U[part])
+            ranks_U[part] = ranks(made.ids, self.targets_U[part])
+            shown.add(made.ids)
+        return {**ranking_metrics(ranks_U, self.ks), **shown.metrics()}
+
+    def protocol(self) -> dict[str, Any]:
+        """What a number of this evaluation means, for the output."""
+        dataset, split = self._histories.dataset, self._config.evaluation.split
+        result: dict[str, Any] = {
+            "split": split,
+            "ties": dataset.info["ties"],
+            "ranked": "whole catalogue",
+            "filter_seen": bool(self._config.evaluation.filter_seen),
+            "query_time": False,
+            "list_length": self.recommender.k,
+            "equal_scores": "lowest item index first",
+            "targets_in_history": self._targets_in_history(),
+            "leak": "none",
+        }
+        if split == "leave_one_out":
+            result["leak"] = "training events of some users are later than targets of others"
+            if not dataset.has_times:
+                result["leak"] = "unknown: the data has no times"
+        else:
+            validation, test = time_cuts(self._histories, self._config.evaluation.holdout)
+            result["validation_from"], result["test_from"] = validation, test
+        return result
+
+    def _targets_in_history(self) -> int:
+        """Users whose target is in their history; where seen items are masked, each is a miss."""
+        count = 0
+        size = self._config.evaluation.batch_size
+        order = np.argsort(self.ends_U, kind="stable")
+        for start in range(0, len(order), size):
+            place = order[start : start + size]
+            longest = int(self.ends_U[place].max())
+            seen = self._histories.windows(self.users_U[place], self.ends_U[place], longest).items
+            count += int((seen == self.targets_U[place][:, None]).any(axis=1).sum())
+        return count
+
+
+def popularity_counts(
+    histories: Histories, splits: Splits, config: ml_collections.ConfigDict
+) -> dict[str, np.ndarray]:
+    """int64[N + 1] by baseline, counted on training events.
+
+    `recent_popularity` counts the latest share (`evaluation.recent`) of the time that training covers, or, in data
+    without times, of each user's training events.
+    """
+    share = config.evaluation.recent
+    result = {"popularity": histories.item_counts(splits.train_end)}
+    dataset = histories.dataset
+    if dataset.has_times:
+        quantiles = dataset.info["time_quantiles"]
+        last = len(quantiles) - 1
+        end = (
+            time_cuts(histories, config.evaluation.holdout)[0]
+            if config.evaluation.split == "global_time"
+            else None
+        )
+        trained = 1.0 if end is None else 1 - 2 * config.evaluation.holdout
+        since = int(quantiles[round(trained * (1 - share) * last)])
+        result["recent_popularity"] = histories.item_counts(splits.train_end, since=since)
+    else:
+        recent_U = np.maximum(np.ceil(splits.train_end * share).astype(np.int64), 1)
+        result["recent_popularity"] = histories.item_counts(splits.train_end, splits.train_end - recent_U)
+    return result

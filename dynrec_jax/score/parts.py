@@ -1,0 +1,104 @@
+"""The output folder of scoring: Parquet parts that are whole or not there, and a manifest that says whose they are."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dynrec_jax.errors import ConfigError, MachineError
+from dynrec_jax.evaluate.recommender import Lists
+from dynrec_jax.workdir import write_whole
+
+MANIFEST = "score.json"
+SCHEMA = pa.schema(
+    [("user_id", pa.string()), ("item_ids", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
+)
+
+
+class Parts:
+    """A folder of `part-00000-of-00007.parquet` files that one job, or its continuation, writes."""
+
+    def __init__(self, out: Path, manifest: dict[str, Any], number: int):
+        """Makes the folder, or goes on with the one that an interrupted job of the same manifest left.
+
+        Raises:
+          ConfigError: the folder belongs to another job, or is something else.
+          MachineError: it cannot be written.
+        """
+        self.out = out
+        self._number = number
+        self._manifest = {**manifest, "parts": number}
+        found = _read(out / MANIFEST)
+        if found is not None:
+            changed = sorted(
+                key for key in {*found, *self._manifest} if found.get(key) != self._manifest.get(key)
+            )
+            if changed:
+                told = "; ".join(
+                    f"{key}: {found.get(key)!r} -> {self._manifest.get(key)!r}" for key in changed
+                )
+                raise ConfigError(f"{out}: holds the output of another job ({told}); choose another --out")
+            return
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out}: exists and is not the output of scoring; choose another --out")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_whole(out / MANIFEST, json.dumps(self._manifest, indent=2) + "\n")
+        except OSError as error:
+            raise MachineError(f"{out}: cannot be written ({error})") from None
+
+    def path(self, part: int) -> Path:
+        """Where a part lies."""
+        return self.out / f"part-{part:05d}-of-{self._number:05d}.parquet"
+
+    def done(self, part: int, rows: int) -> bool:
+        """Whether a part is there with this many rows."""
+        try:
+            return pq.read_metadata(self.path(part)).num_rows == rows
+        except (OSError, pa.ArrowException):
+            return False
+
+    def write(self, part: int, users: list[str], lists: Lists, items: pa.Array) -> None:
+        """Writes a part under a temporary name and renames it when it is on the disk.
+
+        Raises:
+          MachineError: the disk is full or fails; nothing that looks whole is left.
+        """
+        path = self.path(part)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                pq.write_table(to_table(users, lists, items), file, compression="zstd")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise MachineError(
+                f"{path}: cannot be written ({error}); complete parts are kept, and the same command goes on from them"
+            ) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def to_table(users: list[str], lists: Lists, items: pa.Array) -> pa.Table:
+    """Columns user_id, item_ids, scores; places that could not be filled are left out of the lists."""
+    real = lists.ids > 0
+    offsets = pa.array(np.concatenate([[0], np.cumsum(real.sum(axis=1))]), pa.int32())
+    ids = items.take(pa.array(lists.ids[real].astype(np.int64) - 1)).cast(pa.string())
+    scores = pa.array(lists.scores[real], pa.float32())
+    columns = [pa.array(users, pa.string()), pa.ListArray.from_arrays(offsets, ids)]
+    return pa.Table.from_arrays([*columns, pa.ListArray.from_arrays(offsets, scores)], schema=SCHEMA)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise ConfigError(f"{path}: is damaged; remove the folder, or choose another --out") from None
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,139 @@
+"""Checkpoints: the only module that knows Orbax.
+
+A checkpoint is one commit of three parts: `model` (parameters and tables: all that scoring needs), `optimizer`
+(its state and the rows') and `progress` (JSON: the step, which is the input position, and the best metric so
+far). It is visible only when it is whole.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from dynrec_jax.errors import DataError
+from dynrec_jax.train.state import TrainState
+
+# Orbax reports each save over several lines; a run's own log says when one was written.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+VALUE = "value"
+
+
+class Checkpoints:
+    """The checkpoints of one run, written in the background.
+
+    The best by `value` and the latest few are kept.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2):
+        """Opens `folder`, makes it where it is not there, and clears what a killed save left behind."""
+        best = keep.BestN(get_metric_fn=lambda m: m[VALUE], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            create=True,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(keep_last), best]),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=options, item_names=("model", "optimizer", "progress")
+        )
+
+    def latest(self) -> int | None:
+        """The newest step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, step: int, progress: dict[str, Any], value: float | None) -> bool:
+        """Starts to write a checkpoint; `value` is the validation metric of this step where it was measured.
+
+        Returns whether it was started: False where this step is there already.
+        """
+        if step in self._manager.all_steps():
+            return False
+        return self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave({"params": state.params, "tables": state.tables}),
+                optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "row_state": state.row_state}),
+                progress=ocp.args.JsonSave(progress),
+            ),
+            metrics=None if value is None else {VALUE: float(value)},
+        )
+
+    def restore(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """The state and progress of a step, laid out as `state` is."""
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore({"params": template.params, "tables": template.tables}),
+                optimizer=ocp.args.StandardRestore(
+                    {"opt_state": template.opt_state, "row_state": template.row_state}
+                ),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        model, optimizer = restored["model"], restored["optimizer"]
+        placed = jax.device_put(step, state.step.sharding)
+        new = TrainState(
+            placed.astype("int32"),
+            model["params"],
+            model["tables"],
+            optimizer["opt_state"],
+            optimizer["row_state"],
+        )
+        return new, restored["progress"]
+
+    def wait(self) -> None:
+        """Returns when all that was started is written; raises what went wrong."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def open_model(folder: Path, abstract: dict[str, Any], step: str | int) -> tuple[dict[str, Any], int]:
+    """Parameters and tables of a checkpoint, on whatever devices `abstract`'s shardings name.
+
+    Args:
+      folder: the run's `checkpoints` folder; it is only read.
+      abstract: `{'params', 'tables'}` of jax.ShapeDtypeStruct with shardings.
+      step: "best" (by the validation metric, the last where none was measured), "last", or a step's number.
+
+    Returns:
+      The variables and the step they are of.
+
+    Raises:
+      DataError: there is no checkpoint, or not of that step, or it does not fit `abstract`.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected the checkpoints of a run made by `dynrec train`")
+    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=lambda m: m[VALUE], best_mode="max")
+    manager = ocp.CheckpointManager(
+        folder.absolute(), options=options, item_names=("model", "optimizer", "progress")
+    )
+    try:
+        steps = sorted(manager.all_steps())
+        if not steps:
+            raise DataError(f"{folder}: holds no complete checkpoint; train first, or longer")
+        best = manager.best_step()
+        chosen = (
+            (steps[-1] if best is None else best) if step == "best" else steps[-1] if step == "last" else step
+        )
+        if chosen not in steps:
+            raise DataError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+        args = ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
+        try:
+            return manager.restore(chosen, args=args)["model"], int(chosen)
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise DataError(
+                f"{folder}/{chosen}: does not fit the run's config or is damaged: {reason}"
+            ) from None
+    finally:
+        manager.close()

@@ -1,0 +1,147 @@
+"""What happens every n steps: a hook is called after each step and once more after the last one.
+
+The metrics that a hook gets are still being computed; the log reads those of the step before, so that the device
+is never waited for. A hook returns a reason where the run should stop.
+"""
+
+import math
+import time
+from typing import Any, Protocol
+
+import ml_collections
+import numpy as np
+
+from dynrec_jax.evaluate.evaluator import Evaluator
+from dynrec_jax.train.checkpoint import Checkpoints
+from dynrec_jax.train.metrics_writer import MetricsWriter
+from dynrec_jax.train.progress import Progress
+from dynrec_jax.train.state import TrainState
+
+Metrics = dict[str, Any]
+
+
+class Hook(Protocol):
+    """Called after step number `step` (from 1); `last` when the run ends with this step."""
+
+    def __call__(self, step: int, state: TrainState, metrics: Metrics, last: bool) -> str | None:
+        """Returns why the run should stop, or None."""
+        ...
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or its gradient became NaN or infinite; the message names the step."""
+
+
+def check_finite(step: int, metrics: Metrics) -> dict[str, float]:
+    """The metrics of a step as numbers; raises NonFiniteLoss."""
+    values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(values[name]):
+            raise NonFiniteLoss(
+                f"step {step}: {name} is {values[name]}; lower train.learning_rate or set train.clip_norm, "
+                "and start again from the last checkpoint"
+            )
+    return values
+
+
+class LogHook:
+    """Checks every step's metrics, writes every n-th, and moves the progress display."""
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, writer: MetricsWriter, progress: Progress, start: int
+    ):
+        self._every = config.logging.every
+        self._batch = config.train.batch_size
+        self._writer = writer
+        self._progress = progress
+        self._since = (start, time.perf_counter())
+        self._before: tuple[int, Metrics] | None = None
+
+    def __call__(self, step: int, state: TrainState, metrics: Metrics, last: bool) -> str | None:
+        """Reads the metrics of the step before; of this one too where it is the last."""
+        if self._before is not None and self._before[0] < step:
+            self._report(*self._before, last=False)
+        if last:
+            self._report(step, metrics, last=True)
+        self._before = None if last else (step, metrics)
+        return None
+
+    def _report(self, step: int, metrics: Metrics, last: bool) -> None:
+        values = check_finite(step, metrics)
+        if step % self._every and not last:
+            return
+        now = time.perf_counter()
+        rate = (step - self._since[0]) * self._batch / max(now - self._since[1], 1e-9)
+        self._since = (step, now)
+        self._writer.write(step, {**values, "histories_per_second": rate})
+        self._progress.update(step, values["loss"], rate)
+
+
+class EvaluateHook:
+    """Measures validation every n steps and after the last one, remembers the best, and stops early."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        evaluator: Evaluator | None,
+        writer: MetricsWriter,
+        standing: dict[str, Any],
+        progress: Progress,
+    ):
+        self._every = config.train.evaluate_every
+        self._patience = config.train.patience
+        self._metric = config.evaluation.metric
+        self._evaluator = evaluator
+        self._writer = writer
+        self._progress = progress
+        self.standing = standing
+        self.value: float | None = None  # of the step just done, where it was measured
+
+    def __call__(self, step: int, state: TrainState, metrics: Metrics, last: bool) -> str | None:
+        """Sets `value` and `standing`; returns a reason once `patience` evaluations brought nothing better."""
+        self.value = None
+        due = last or (self._every and step % self._every == 0)
+        if self._evaluator is None or not due or self.standing.get("evaluated") == step:
+            return None
+        measured = self._evaluator.metrics(state.params, state.tables)
+        self.value = measured[self._metric]
+        self.standing["evaluated"] = step
+        better = self.standing.get("best") is None or self.value > self.standing["best"]
+        if better:
+            self.standing.update(best=self.value, best_step=step, worse=0)
+        else:
+            self.standing["worse"] = self.standing.get("worse", 0) + 1
+        self._writer.write(step, {f"validation/{name}": value for name, value in measured.items()})
+        self._progress.say(
+            f"step {step}: validation {self._metric} {self.value:.4f}{' (best)' if better else ''}"
+        )
+        if self._patience and self.standing["worse"] >= self._patience:
+            # Part of the checkpoint: started again, the run stays stopped.
+            self.standing["stopped"] = f"no better {self._metric} on validation in {self._patience} evaluations"
+            return str(self.standing["stopped"])
+        return None
+
+
+class CheckpointHook:
+    """Saves every n steps, at each new best, and at the end."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        checkpoints: Checkpoints,
+        evaluation: EvaluateHook,
+        progress: Progress,
+    ):
+        self._every = config.train.checkpoint_every
+        self._checkpoints = checkpoints
+        self._evaluation = evaluation
+        self._progress = progress
+
+    def __call__(self, step: int, state: TrainState, metrics: Metrics, last: bool) -> str | None:
+        """Saves state, progress and the metric in one commit."""
+        standing = self._evaluation.standing
+        best = self._evaluation.value is not None and standing.get("best_step") == step
+        if last or best or step % self._every == 0:
+            check_finite(step, metrics)
+            self._checkpoints.save(state, step, {"step": step, "standing": standing}, self._evaluation.value)
+        return None

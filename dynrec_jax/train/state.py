@@ -1,0 +1,65 @@
+"""The state of a training run: a tree, and where each leaf lies on the mesh."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from dynrec_jax.models.bstm import Bstm
+from dynrec_jax.parallel.rules import sharding, tree_shardings
+from dynrec_jax.parallel.table import RowOptimizer
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32 scalar, steps done; it is the input position and the random state as well.
+      params: dense weights.
+      tables: item tables {name: [R, D]}.
+      opt_state: Optax's state, of the dense weights and, where the loss uses the whole catalogue, of the tables.
+      row_state: {name: state} of the row optimizer; empty where the tables take the dense path.
+    """
+
+    step: Any
+    params: Any
+    tables: Any
+    opt_state: Any
+    row_state: Any
+
+
+def trainable(model: Bstm, params: Any, tables: Any) -> dict[str, Any]:
+    """What Optax updates: all of it, or the dense weights alone where rows are updated by themselves."""
+    return {"params": params} if model.sampled else {"params": params, "tables": tables}
+
+
+def init_state(
+    model: Bstm, tx: optax.GradientTransformation, rows: RowOptimizer, mesh: Mesh, seed: int
+) -> tuple[TrainState, TrainState]:
+    """A fresh state, each leaf made where it lies, and the state's shardings."""
+
+    def boxed(key: jax.Array) -> TrainState:
+        variables = model.init(key)
+        params, tables = variables["params"], variables["tables"]
+        row_state = (
+            {name: rows.init(nn.meta.unbox(table)) for name, table in tables.items()} if model.sampled else {}
+        )
+        opt_state = tx.init(trainable(model, params, tables))
+        return TrainState(jnp.int32(0), params, tables, opt_state, row_state)
+
+    key = jax.random.key(seed)
+    with jax.set_mesh(mesh):
+        # Names are read off the boxed shapes; the state itself is made without boxes, in its place.
+        shardings = state_shardings(mesh, jax.eval_shape(boxed, key))
+        make = jax.jit(lambda key: nn.meta.unbox(boxed(key)), out_shardings=shardings)
+        return make(key), shardings
+
+
+def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
+    """Shardings of a boxed abstract state; per-row state lies where its rows lie."""
+    shardings = tree_shardings(mesh, abstract)
+    rows = jax.tree.map(lambda x: sharding(mesh, "items", *(None,) * (x.ndim - 1)), abstract.row_state)
+    return shardings._replace(row_state=rows)

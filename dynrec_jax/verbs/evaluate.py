@@ -1,0 +1,104 @@
+"""Measures a run on the whole catalogue, beside its baselines; prints a table and writes JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from dynrec_jax.errors import ConfigError, MachineError
+
+SHOWN = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "mrr", "coverage@10")
+
+
+def define_flags() -> flags.FlagValues:
+    """The verb's flags."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "run folder", flag_values=values)
+    flags.DEFINE_enum("split", "test", ["validation", "test"], "which targets", flag_values=values)
+    flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
+    flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
+    flags.DEFINE_string("cache_dir", None, "memory-mapped copies of the shards", flag_values=values)
+    return values
+
+
+def run(values: flags.FlagValues) -> None:
+    """Prints the table and where the JSON went."""
+    if not values.workdir:
+        raise ConfigError("--workdir is missing; expected a run folder made by `dynrec train`")
+    step = parse_step(values.step)
+    result = evaluate(Path(values.workdir), values.split, step, values.dataset, values.cache_dir)
+    show(result)
+    print(f"written to {values.workdir}/evaluation/{values.split}.json")
+
+
+def parse_step(text: str) -> str | int:
+    """Which checkpoint: "best", "last" or a number; ConfigError for anything else."""
+    if text in ("best", "last"):
+        return text
+    if not text.isdigit():
+        raise ConfigError(f"--step={text}: expected best, last or a step's number")
+    return int(text)
+
+
+def evaluate(
+    workdir: Path,
+    which: str,
+    step: str | int = "best",
+    dataset: str | None = None,
+    cache_dir: str | None = None,
+) -> dict[str, Any]:
+    """Metrics, baselines and protocol as they are written to `evaluation/<which>.json`."""
+    from dynrec_jax import workdir as workdirs
+    from dynrec_jax.data.cache import Histories
+    from dynrec_jax.data.pipeline import make_splits
+    from dynrec_jax.evaluate.evaluator import Evaluator
+    from dynrec_jax.evaluate.oracle import oracle_lists, synthetic_spec
+
+    opened = workdirs.open(workdir, step, dataset)
+    histories = Histories(opened.dataset, cache_dir or opened.config.data.cache_dir)
+    splits = make_splits(histories, opened.config)
+    evaluator = Evaluator(histories, splits, which, opened.model, opened.config, opened.mesh)
+    result: dict[str, Any] = {
+        "split": which,
+        "users": len(evaluator.users_U),
+        "catalogue": opened.dataset.items,
+        "step": opened.step,
+        "protocol": evaluator.protocol(),
+        **evaluator.metrics(opened.params, opened.tables),
+        "baselines": evaluator.baselines(),
+    }
+    spec = synthetic_spec(opened.dataset)
+    if spec is not None:
+        result["oracle"] = evaluator.metrics_of(oracle_lists(spec, opened.dataset, evaluator.recommender.k))
+    result["dataset"] = opened.dataset.content
+    try:
+        (workdir / "evaluation").mkdir(exist_ok=True)
+        workdirs.write_whole(workdir / "evaluation" / f"{which}.json", json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise MachineError(f"{workdir}/evaluation: cannot be written ({error})") from None
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table: a row a metric, the model beside what it must beat."""
+    columns: dict[str, dict[str, float]] = {"model": result, **result["baselines"]}
+    if "oracle" in result:
+        columns["oracle"] = result["oracle"]
+    protocol = result["protocol"]
+    seen = "seen items masked" if protocol["filter_seen"] else "seen items ranked"
+    caption = (
+        f"{protocol['split']}, whole catalogue, {seen}, ties: {protocol['ties']}; leak: {protocol['leak']}"
+    )
+    table = Table(
+        title=f"{result['split']}: {result['users']:,} users, {result['catalogue']:,} items", caption=caption
+    )
+    table.add_column("metric")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for metric in SHOWN:
+        if metric in result:
+            table.add_row(metric, *(f"{column[metric]:.4f}" for column in columns.values()))
+    Console().print(table)

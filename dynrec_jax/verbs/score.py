@@ -1,0 +1,51 @@
+"""Recommends for all users of a run's dataset, or those of a file; writes Parquet parts.
+
+Columns: user_id (string), item_ids (list of string, best first), scores (list of float).
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from dynrec_jax.errors import ConfigError
+from dynrec_jax.verbs.evaluate import parse_step
+
+
+def define_flags() -> flags.FlagValues:
+    """The verb's flags."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "run folder", flag_values=values)
+    flags.DEFINE_string(
+        "out", None, "folder of the Parquet parts; an interrupted job goes on", flag_values=values
+    )
+    flags.DEFINE_integer("k", 100, "length of the lists", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("users", None, "CSV or Parquet of user ids, or of new histories", flag_values=values)
+    flags.DEFINE_boolean("filter_seen", False, "leave out items of the history", flag_values=values)
+    flags.DEFINE_enum(
+        "split", "all", ["all", "test", "validation"], "which history to recommend from", flag_values=values
+    )
+    flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
+    flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
+    flags.DEFINE_string("cache_dir", None, "memory-mapped copies of the shards", flag_values=values)
+    return values
+
+
+def run(values: flags.FlagValues) -> None:
+    """Scores; prints what was written."""
+    for name, what in (("workdir", "a run folder made by `dynrec train`"), ("out", "a folder to write")):
+        if not values[name].value:
+            raise ConfigError(f"--{name} is missing; expected {what}")
+    from dynrec_jax import workdir as workdirs
+    from dynrec_jax.score.job import ScoreOptions, score
+
+    options = ScoreOptions(
+        k=values.k,
+        filter_seen=values.filter_seen,
+        split=values.split,
+        users=Path(values.users) if values.users else None,
+        cache_dir=values.cache_dir or "",
+    )
+    opened = workdirs.open(values.workdir, parse_step(values.step), values.dataset)
+    done = score(opened, Path(values.out), options)
+    told = f" ({done['skipped']} were there already)" if done["skipped"] else ""
+    print(f"{done['users']:,} users, {done['parts']} parts in {values.out}{told}")

@@ -1,0 +1,22 @@
+"""BSTM with both traversals on MovieLens-1M: as ml1m.py, and each history is read backward as well.
+
+    dynrec prepare --source=sequences:sequences.txt --out=data/ml-1m
+    dynrec train --config=experiments/bstm.py --workdir=runs/bstm
+
+A step costs about twice that of ml1m.py.
+"""
+
+from dynrec_jax.config import default_config
+
+
+def get_config():
+    c = default_config()
+    c.dataset = "data/ml-1m"
+    c.data.max_length = 200
+    c.model.heads = 1
+    c.model.backward_weight = 0.5
+    c.train.steps = 3_000
+    c.train.learning_rate = 2e-3
+    c.train.checkpoint_every = 250
+    c.train.evaluate_every = 250
+    return c

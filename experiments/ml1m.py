@@ -1,0 +1,20 @@
+"""BSTM on MovieLens-1M, forward traversal alone: full softmax, dropout 0.2, about 64 epochs.
+
+dynrec prepare --source=sequences:sequences.txt --out=data/ml-1m
+dynrec train --config=experiments/ml1m.py --workdir=runs/ml1m
+"""
+
+from dynrec_jax.config import default_config
+
+
+def get_config():
+    c = default_config()
+    c.dataset = "data/ml-1m"
+    c.data.max_length = 200
+    c.model.heads = 1
+    c.model.backward_weight = 0.0
+    c.train.steps = 3_000
+    c.train.learning_rate = 2e-3
+    c.train.checkpoint_every = 250
+    c.train.evaluate_every = 250
+    return c

@@ -1,0 +1,20 @@
+"""What launch/quickstart.sh trains: a small model in about two minutes on two cores.
+
+bash launch/quickstart.sh [movielens:FOLDER]
+"""
+
+from dynrec_jax.config import default_config
+
+
+def get_config():
+    c = default_config()
+    c.dataset = "quickstart/dataset"
+    c.data.max_length = 50
+    c.data.windows = "random"
+    c.model.heads = 1
+    c.model.dropout = 0.3
+    c.train.steps = 1_000
+    c.train.learning_rate = 3e-3
+    c.train.checkpoint_every = 250
+    c.train.evaluate_every = 250
+    return c

@@ -1,0 +1,154 @@
+"""The streamed softmax against a dense reference in float64, by several blocks, on one device and on eight."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynrec_jax.parallel.stream import Blocks, logsumexp_sum, mixture
+from dynrec_jax.parallel.table import rows_for
+
+from .. import tiny
+
+DIM, POSITIONS, COUNT, SCALE = 6, 21, 17, 0.7
+BLOCKS = [(8, 4), (16, 21), (24, 1000), (1000, 5)]  # catalogue rows, positions
+MESHES = [((8, 1, 1), 37), ((2, 2, 2), 203)]  # 37 items: most devices hold none
+
+
+def inputs(items: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Positions, weights, the table, and a direction for gradients; what must not count is large."""
+    rng = np.random.default_rng(seed)
+    u_PxD = 2 * rng.normal(size=(POSITIONS, DIM)).astype(np.float32)
+    weight_P = rng.uniform(0.5, 2.0, POSITIONS).astype(np.float32)
+    weight_P[3] = 0.0
+    weight_P[COUNT:] = 0.0
+    table_RxD = 50 * rng.normal(size=(rows_for(items), DIM)).astype(np.float32)
+    table_RxD[1 : items + 1] /= 50
+    return u_PxD, weight_P, table_RxD, rng.normal(size=(POSITIONS, DIM)).astype(np.float32)
+
+
+def dense(u_PxD: np.ndarray, table_RxD: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The items' vectors, log-sum-exp and softmax of every position, in float64."""
+    v_NxD = table_RxD[1 : items + 1].astype(np.float64)
+    s_PxN = SCALE * u_PxD.astype(np.float64) @ v_NxD.T
+    z_P = np.log(np.exp(s_PxN).sum(axis=1))
+    return v_NxD, z_P, np.exp(s_PxN - z_P[:, None])
+
+
+def dense_logsumexp(u_PxD: np.ndarray, weight_P: np.ndarray, table_RxD: np.ndarray, items: int) -> tuple[Any, ...]:
+    """The value and its gradients, by their formulas."""
+    v_NxD, z_P, p_PxN = dense(u_PxD, table_RxD, items)
+    p_PxN = p_PxN * weight_P[:, None]
+    dv_RxD = np.zeros(table_RxD.shape)
+    dv_RxD[1 : items + 1] = SCALE * p_PxN.T @ u_PxD
+    return weight_P @ z_P, SCALE * p_PxN @ v_NxD, dv_RxD
+
+
+def dense_mixture(u_PxD: np.ndarray, g_PxD: np.ndarray, table_RxD: np.ndarray, items: int) -> tuple[Any, ...]:
+    """`Σ g·r` and its gradients, by their formulas."""
+    v_NxD, _, p_PxN = dense(u_PxD, table_RxD, items)
+    r_PxD = p_PxN @ v_NxD
+    along_PxN = g_PxD @ v_NxD.T
+    ds_PxN = SCALE * p_PxN * (along_PxN - (g_PxD * r_PxD).sum(axis=1, keepdims=True))
+    dv_RxD = np.zeros(table_RxD.shape)
+    dv_RxD[1 : items + 1] = ds_PxN.T @ u_PxD + p_PxN.T @ g_PxD
+    return (g_PxD * r_PxD).sum(), ds_PxN @ v_NxD, dv_RxD
+
+
+def close(found: Any, expected: Any) -> None:
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=2e-5, atol=2e-5)
+
+
+def logsumexp_gradients(blocks: Blocks) -> Callable[..., Any]:
+    return jax.jit(
+        jax.value_and_grad(lambda u, weight, table: logsumexp_sum(u, weight, jnp.int32(COUNT), table, blocks), (0, 2))
+    )
+
+
+def mixture_gradients(blocks: Blocks) -> Callable[..., Any]:
+    return jax.jit(jax.value_and_grad(lambda u, g, table: jnp.sum(g * mixture(u, table, blocks)), (0, 2)))
+
+
+@pytest.mark.parametrize(("rows", "positions"), BLOCKS)
+def test_logsumexp_and_its_gradients_are_the_dense_ones(rows: int, positions: int):
+    u, weight, table, _ = inputs(37)
+    value, (du, dv) = logsumexp_gradients(Blocks(37, SCALE, rows, positions))(u, weight, table)
+    expected, expected_du, expected_dv = dense_logsumexp(u, weight, table, 37)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    close(du, expected_du)
+    close(dv, expected_dv)
+    assert not np.asarray(dv)[[0, *range(38, len(dv))]].any(), "rows that are no items get no gradient at all"
+
+
+@pytest.mark.parametrize(("rows", "positions"), BLOCKS[:3])
+def test_the_value_alone_is_the_value_with_gradients(rows: int, positions: int):
+    u, weight, table, _ = inputs(37)
+    blocks = Blocks(37, SCALE, rows, positions)
+    value = jax.jit(lambda: logsumexp_sum(u, weight, jnp.int32(COUNT), table, blocks))()
+    np.testing.assert_allclose(value, dense_logsumexp(u, weight, table, 37)[0], rtol=1e-6)
+
+
+def test_blocks_behind_the_last_position_are_not_computed():
+    u, weight, table, _ = inputs(37)
+    weight[8:] = 1.0  # would count, were it looked at
+    u[8:] = np.nan
+    run = jax.jit(jax.value_and_grad(lambda u: logsumexp_sum(u, weight, jnp.int32(8), table, Blocks(37, SCALE, 8, 4))))
+    value, du = run(u)
+    np.testing.assert_allclose(value, dense_logsumexp(u[:8], weight[:8], table, 37)[0], rtol=1e-6)
+    assert not np.asarray(du)[8:].any()
+
+
+@pytest.mark.parametrize(("rows", "positions"), [BLOCKS[0], BLOCKS[2], BLOCKS[3]])
+def test_the_mixture_and_its_gradients_are_the_dense_ones(rows: int, positions: int):
+    u, _, table, g = inputs(37)
+    value, (du, dv) = mixture_gradients(Blocks(37, SCALE, rows, positions))(u, g, table)
+    expected, expected_du, expected_dv = dense_mixture(u, g, table, 37)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    close(du, expected_du)
+    close(dv, expected_dv)
+
+
+@pytest.mark.parametrize(("sizes", "items"), MESHES)
+def test_eight_devices_give_the_dense_numbers(sizes: tuple[int, int, int], items: int):
+    u, weight, table, g = inputs(items)
+    blocks = Blocks(items, SCALE, 24, 8)
+    with jax.set_mesh(tiny.mesh(*sizes)):
+        sums = logsumexp_gradients(blocks)(u, weight, table)
+        mixed = mixture_gradients(blocks)(u, g, table)
+    expectations = (dense_logsumexp(u, weight, table, items), dense_mixture(u, g, table, items))
+    for (value, (du, dv)), (expected, expected_du, expected_dv) in zip((sums, mixed), expectations, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        close(du, expected_du)
+        close(dv, expected_dv)
+
+
+def test_scores_far_from_zero_neither_overflow_nor_vanish():
+    u, weight, table, _ = inputs(37)
+    u = u * 200
+    value, (du, _) = logsumexp_gradients(Blocks(37, SCALE, 8, 4))(u, weight, table)
+    s_PxN = SCALE * u.astype(np.float64) @ table[1:38].astype(np.float64).T
+    top_P = s_PxN.max(axis=1)
+    assert top_P.max() > 500
+    expected = weight @ (top_P + np.log(np.exp(s_PxN - top_P[:, None]).sum(axis=1)))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert np.isfinite(np.asarray(du)).all()
+
+
+@pytest.mark.parametrize("which", ["logsumexp", "mixture"])
+def test_memory_does_not_hold_positions_times_catalogue(which: str):
+    def temporary_bytes(positions: int, items: int) -> int:
+        blocks = Blocks(items, SCALE, 128, 64)
+        make = logsumexp_gradients if which == "logsumexp" else mixture_gradients
+        second = (positions,) if which == "logsumexp" else (positions, DIM)
+        shapes = ((positions, DIM), second, (rows_for(items), DIM))
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        return make(blocks).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(1024, 4095), temporary_bytes(4096, 16383)
+    assert small > 0
+    # Four times of each: 4 times the memory where it grows with P + N, 16 times where it grows with P × N.
+    assert large < 4.5 * small
+    assert large < 4 * 4096 * 16383 / 16

@@ -1,0 +1,81 @@
+"""Models, batches and meshes so small that a test compiles them in a second."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh
+
+from dynrec_jax.batch import Batch
+from dynrec_jax.config import default_config, validate
+from dynrec_jax.models.bstm import Bstm, make_bstm
+from dynrec_jax.parallel.mesh import AXES
+
+Row = Sequence[tuple[int, Sequence[int]]]  # windows of one row: (its number in the batch, its items)
+
+SMALL: dict[str, Any] = {
+    "data.max_length": 8,
+    "model.dim": 8,
+    "model.layers": 1,
+    "model.dropout": 0.0,
+    "model.temperature": 0.5,
+    "loss.block_items": 16,
+    "loss.block_positions": 8,
+    "loss.negatives": 6,
+    "train.steps": 12,
+    "train.batch_size": 8,
+    "train.learning_rate": 1e-2,
+    "evaluation.ks": (1, 5, 10),
+    "evaluation.batch_size": 16,
+}
+
+
+def config(**changes: Any) -> ml_collections.ConfigDict:
+    """A small config; `changes` are keys with `__` for the dot, as in `model__block="seed"`."""
+    c = default_config()
+    c.update_from_flattened_dict(
+        {**SMALL, **{key.replace("__", "."): value for key, value in changes.items()}}
+    )
+    validate(c)
+    return c
+
+
+def bstm(items: int, seed: int = 0, **changes: Any) -> tuple[Bstm, Any, Any]:
+    """A small model with its params and tables."""
+    c = config(**changes)
+    m = c.model
+    variables = _variables(items, seed, c.data.max_length, m.dim, m.layers, m.heads, m.block)
+    return make_bstm(c, items), variables["params"], variables["tables"]
+
+
+@functools.cache
+def _variables(items: int, seed: int, length: int, dim: int, layers: int, heads: int, block: str) -> Any:
+    """Fresh variables: they depend on these keys alone, so models that share them compile `init` once."""
+    c = config(data__max_length=length, model__dim=dim, model__layers=layers, model__heads=heads, model__block=block)
+    return nn.meta.unbox(jax.jit(make_bstm(c, items).init)(jax.random.key(seed)))
+
+
+def batch(rows: Sequence[Row], width: int) -> Batch:
+    """A batch whose windows lie in the rows as told, written out event by event."""
+    arrays = {name: np.zeros((len(rows), width), np.int32) for name in Batch._fields}
+    for r, windows in enumerate(rows):
+        at = 0
+        for number, items in windows:
+            for place, item in enumerate(items):
+                arrays["items"][r, at] = item
+                arrays["segments"][r, at] = number
+                arrays["positions"][r, at] = place
+                arrays["remaining"][r, at] = len(items) - 1 - place
+                at += 1
+    return Batch(**{name: jnp.asarray(array) for name, array in arrays.items()})
+
+
+def mesh(*sizes: int) -> Mesh:
+    """A mesh of (data, table, tensor) devices, the first of those there are."""
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

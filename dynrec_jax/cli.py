@@ -4,17 +4,15 @@
 our own, with its traceback.
 """
 
-import errno
 import importlib
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 from absl import flags
 
 from dynrec_jax.allocator import restart_with_kept_memory
-from dynrec_jax.errors import ConfigError, MachineError, UserError
+from dynrec_jax.errors import ConfigError, one_line, report_errors
 
 VERBS = {
     "prepare": "raw logs to a dataset folder",
@@ -31,32 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         restart_with_kept_memory()
     given = list(sys.argv[1:] if arguments is None else arguments)
     return report_errors(lambda: _run(given))
-
-
-def report_errors(work: Callable[[], int | None]) -> int:
-    """Runs `work` and turns what the user or the machine got wrong into one line and an exit status."""
-    try:
-        return work() or 0
-    except UserError as error:
-        return _fail(error, 2)
-    except MachineError as error:
-        return _fail(error, 1)
-    except ArithmeticError as error:
-        # A loss or scores that are not finite: the message says where, and a traceback adds nothing.
-        return _fail(error, 1)
-    except BrokenPipeError:
-        # The reader of our output has gone (`dynrec … | head`).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
-            raise
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        print(
-            "dynrec: interrupted; the same command goes on from the last checkpoint or part", file=sys.stderr
-        )
-        return 130
 
 
 def _run(arguments: list[str]) -> int:
@@ -85,9 +57,7 @@ def _parse(verb: str, module: ModuleType, arguments: list[str]) -> flags.FlagVal
     try:
         rest = values([f"dynrec {verb}", *arguments])
     except flags.Error as error:
-        raise ConfigError(f"{_line(error)} (dynrec {verb} --help)") from None
-    except Exception as error:  # an experiment file runs here, and may fail in any way
-        raise ConfigError(f"--config: {type(error).__name__}: {_line(error)}") from None
+        raise ConfigError(f"{one_line(error)} (dynrec {verb} --help)") from None
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r}: expected flags only, as --name=value (dynrec {verb} --help)")
     return values
@@ -105,15 +75,8 @@ def _help(verb: str, module: ModuleType) -> str:
     lines = [f"usage: dynrec {verb} [--flag=value …]", "", (module.__doc__ or "").strip(), "", "flags:"]
     for group in own.values():
         for flag in group:
+            if "." in flag.name:  # a key of the config: `--config` says where they are listed
+                continue
             default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str})"
             lines.append(f"  --{flag.name}: {flag.help}{default}")
     return "\n".join(lines)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _fail(error: BaseException, status: int) -> int:
-    print(f"dynrec: {_line(error)}", file=sys.stderr)
-    return status

@@ -124,7 +124,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         *("train.checkpoint_every", "train.keep_last", "evaluation.batch_size", "logging.every"),
     )
     _at_least(config, 0, "train.evaluate_every", "train.patience", "train.clip_norm", "train.weight_decay")
-    _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops", "seed")
+    _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops")
+    _within(config, 0, 2**32 - 1, "seed")
     _within(config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2")
     _within(config, 0.0, 0.5, "evaluation.holdout")
     _within(config, 0.0, 1.0, "evaluation.recent")
@@ -140,7 +141,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
             "config.model: forward_weight and backward_weight are both 0; nothing would be trained"
         )
     if c.model.hops and c.loss.kind == "sampled":
-        raise ConfigError("config.model.hops: a refined query needs the whole catalogue; use loss.kind=full, or hops=0")
+        raise ConfigError(
+            "config.model.hops: a refined query needs the whole catalogue; use loss.kind=full, or hops=0"
+        )
     if c.train.batch_size % c.train.accumulation:
         raise ConfigError(
             f"config.train.batch_size: {c.train.batch_size} does not divide by accumulation={c.train.accumulation}"

@@ -2,8 +2,13 @@
 
 A `UserError` ends a command with exit status 2 and its message as one line on standard error: what was
 found, where, what was expected, what to do. A `MachineError` (a full disk, a file that vanished while it was
-read) ends it with exit status 1 and one line as well.
+read) ends it with exit status 1 and one line as well. So does a `NonFiniteError`.
 """
+
+import errno
+import os
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
@@ -20,3 +25,40 @@ class DataError(UserError):
 
 class MachineError(Exception):
     """A fault of the machine; the message is one line, fit to be shown as it is."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A number that must be finite is NaN or infinite; the message is one line and says where."""
+
+
+def report_errors(work: Callable[[], int | None]) -> int:
+    """Runs `work` and turns what the user or the machine got wrong into one line and an exit status."""
+    try:
+        return work() or 0
+    except UserError as error:
+        return _fail(error, 2)
+    except (MachineError, NonFiniteError) as error:
+        return _fail(error, 1)
+    except BrokenPipeError:
+        # The reader of our output has gone (`dynrec … | head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+            raise
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print(
+            "dynrec: interrupted; the same command goes on from the last checkpoint or part", file=sys.stderr
+        )
+        return 130
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text without line breaks; its type's name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(error: BaseException, status: int) -> int:
+    print(f"dynrec: {one_line(error)}", file=sys.stderr)
+    return status

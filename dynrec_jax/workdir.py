@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from dynrec_jax import __version__
 from dynrec_jax import config as configs
 from dynrec_jax.data.dataset import Dataset, open_dataset
+from dynrec_jax.data.folder import is_running
 from dynrec_jax.errors import ConfigError, DataError, MachineError
 from dynrec_jax.models.bstm import MODELS, Bstm
 from dynrec_jax.parallel.mesh import make_mesh
@@ -82,7 +83,10 @@ def start(path: Path, config: ml_collections.ConfigDict, dataset: Dataset) -> No
             )
         _check_fingerprint(path, dataset)
         return
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # A start that was cut short leaves no more than these; the config comes last.
+    if path.exists() and (
+        not path.is_dir() or any(p for p in path.iterdir() if p.name != "run.json" and not is_temporary(p))
+    ):
         raise ConfigError(f"{path}: exists and is no run folder; choose another --workdir")
     record = {
         "format": FORMAT,
@@ -91,9 +95,14 @@ def start(path: Path, config: ml_collections.ConfigDict, dataset: Dataset) -> No
     }
     try:
         path.mkdir(parents=True, exist_ok=True)
+        remove_temporary(path)
         write_whole(path / "run.json", json.dumps(record, indent=2) + "\n")
         # Last: a folder with a config is a run.
         write_whole(path / "config.json", configs.to_json(config))
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(
+            f"{path}: no folder can be made there ({error.strerror}); choose another --workdir"
+        ) from None
     except OSError as error:
         raise MachineError(f"{path}: the run folder cannot be written ({error})") from None
 
@@ -109,9 +118,27 @@ def versions() -> dict[str, str]:
     return found
 
 
+def temporary_name(path: Path) -> Path:
+    """Where this process writes a file that is renamed to `path` when it is whole."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that is still written, or that a killed process left."""
+    return path.name.startswith(".") and path.suffix.startswith(".tmp-")
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes what killed processes of this machine left half-written in a folder."""
+    for path in folder.iterdir():
+        pid = path.suffix.removeprefix(".tmp-")
+        if is_temporary(path) and pid.isdigit() and not is_running(int(pid)):
+            path.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_name(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -125,7 +152,8 @@ def write_whole(path: Path, text: str) -> None:
 def open_config(path: Path) -> ml_collections.ConfigDict:
     """The config of a run folder; raises ConfigError or DataError where it is none."""
     if not path.is_dir():
-        raise DataError(f"{path}: no such folder; expected a run folder made by `dynrec train`")
+        found = "is a file" if path.exists() else "no such folder"
+        raise DataError(f"{path}: {found}; expected a run folder made by `dynrec train`")
     if not (path / "config.json").exists():
         raise DataError(f"{path}: holds no config.json; expected a run folder made by `dynrec train`")
     return configs.from_json(path / "config.json")

@@ -13,8 +13,8 @@ def get_config():
     c.data.windows = "random"
     c.model.heads = 1
     c.model.dropout = 0.3
-    c.train.steps = 1_000
+    c.train.steps = 500
     c.train.learning_rate = 3e-3
-    c.train.checkpoint_every = 250
-    c.train.evaluate_every = 250
+    c.train.checkpoint_every = 125
+    c.train.evaluate_every = 125
     return c

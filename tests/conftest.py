@@ -1,9 +1,16 @@
 """Set before JAX starts: CPU alone, eight simulated devices, no silent rank promotion, nothing cached."""
 
+import io
 import os
+import random
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from dynrec_jax.data.cache import Histories
+from dynrec_jax.data.dataset import Dataset
+from dynrec_jax.data.prepare import PrepareOptions, prepare
 
 PLATFORM = os.environ.get("DYNREC_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
@@ -20,3 +27,43 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} is absent: tests on real data are left out")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Sequences without times: 41 users of 1 to 30 events over 25 items, 4 shards."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = random.Random(0)
+    lines = [
+        " ".join([f"u{user}", *(f"i{rng.randrange(25):02d}" for _ in range(1 + user * 29 // 40))])
+        for user in range(41)
+    ]
+    (folder / "log.txt").write_text("\n".join(lines) + "\n")
+    options = PrepareOptions(source=f"sequences:{folder / 'log.txt'}", out=folder / "dataset", shards=4)
+    return prepare(options, Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="session")
+def timed_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A log with times (one a minute) and event types: 20 users, 12 items, 300 events, 4 shards."""
+    folder = tmp_path_factory.mktemp("timed")
+    rng = random.Random(1)
+    rows = [
+        f"u{rng.randrange(20)},i{rng.randrange(12):02d},{1_600_000_000 + 60 * n},{rng.choice(['view', 'buy'])}"
+        for n in range(300)
+    ]
+    (folder / "log.csv").write_text("\n".join(["user,item,time,event", *rows]) + "\n")
+    options = PrepareOptions(source=f"table:{folder / 'log.csv'}", out=folder / "dataset", shards=4)
+    return prepare(options, Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tests keep memory-mapped histories: never the user's own cache."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def histories(tiny_dataset: Dataset, cache_dir: Path) -> Histories:
+    """All shards of `tiny_dataset`, mapped."""
+    return Histories(tiny_dataset, cache_dir)

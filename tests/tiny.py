@@ -56,7 +56,9 @@ def bstm(items: int, seed: int = 0, **changes: Any) -> tuple[Bstm, Any, Any]:
 @functools.cache
 def _variables(items: int, seed: int, length: int, dim: int, layers: int, heads: int, block: str) -> Any:
     """Fresh variables: they depend on these keys alone, so models that share them compile `init` once."""
-    c = config(data__max_length=length, model__dim=dim, model__layers=layers, model__heads=heads, model__block=block)
+    c = config(
+        data__max_length=length, model__dim=dim, model__layers=layers, model__heads=heads, model__block=block
+    )
     return nn.meta.unbox(jax.jit(make_bstm(c, items).init)(jax.random.key(seed)))
 
 

@@ -4,6 +4,7 @@ The cache is one Arrow IPC file, a record batch a shard, uncompressed. The list 
 mapping, so a history is a range of it, and a batch of histories one gather.
 """
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -202,7 +203,8 @@ def _build(dataset: Dataset, cache_dir: Path, shards: range) -> Path:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what stopped the writing may stop this too
+            temporary.unlink(missing_ok=True)
         raise MachineError(
             f"{folder}: the cache of the dataset cannot be written ({error}); set --cache_dir"
         ) from None

@@ -22,7 +22,7 @@ AGAIN = "prepare the dataset again"
 # What every reader of `info` may rely on.
 KEYS = {
     "counts", "shards", "source", "filters", "dropped", "ties", "time_unit", "first_time", "last_time",
-    "event_types", "item_columns", "pseudonymised", "content", "files",
+    "time_quantiles", "event_types", "item_columns", "pseudonymised", "content", "files",
 }  # fmt: skip
 
 

@@ -50,6 +50,18 @@ def time_cuts(histories: Histories, holdout: float) -> tuple[int, int]:
     return int(quantiles[round((1 - 2 * holdout) * last)]), int(quantiles[round((1 - holdout) * last)])
 
 
+def trains(histories: Histories, splits: examples.Splits) -> np.ndarray:
+    """bool[U], users that train: those with two training events, for only they have a target.
+
+    Raises:
+      DataError: there is none, so nothing to learn from.
+    """
+    able_U = splits.train_end >= 2
+    if not able_U.any():
+        raise DataError(f"{histories.dataset.path}: no user has two training events; nothing can be learnt")
+    return able_U
+
+
 class BatchSource:
     """Random access to the training batches, by step."""
 
@@ -69,13 +81,8 @@ class BatchSource:
         examples.check_batch(config.train.batch_size, histories.dataset.shards)
         self._histories = histories
         self._config = config
-        # Only users with two training events have a target.
-        able_U = splits.train_end >= 2
+        able_U = trains(histories, splits)
         self._user = np.nonzero(able_U)[0]
-        if len(self._user) == 0:
-            raise DataError(
-                f"{histories.dataset.path}: no user has two training events; nothing can be learnt"
-            )
         self._train_end = splits.train_end
         before_U = np.concatenate([[0], np.cumsum(able_U)])
         first, users = histories.shard_first, histories.shard_users

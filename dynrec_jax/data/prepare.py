@@ -21,7 +21,7 @@ from dynrec_jax.data.content import content_hash
 from dynrec_jax.data.dataset import FORMAT, INFO, Dataset, file_sha256, open_dataset
 from dynrec_jax.data.engine import engine
 from dynrec_jax.data.faults import machine_faults
-from dynrec_jax.data.folder import new_folder, refuse_existing
+from dynrec_jax.data.folder import new_folder
 from dynrec_jax.data.sources import SOURCES, split_source
 from dynrec_jax.data.sources.items import read_items
 from dynrec_jax.data.sources.source import Columns, Job, Source
@@ -77,7 +77,6 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Dataset:
     out = Path(options.out)
     kind, path = split_source(options.source)
     tie_seed = check(options)
-    refuse_existing(out)
     key = read_key(options.pseudonymise)
     with machine_faults(out):
         with new_folder(out) as folder:

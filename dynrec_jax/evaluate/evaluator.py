@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.examples import NONE, Splits
 from dynrec_jax.data.pipeline import time_cuts
-from dynrec_jax.errors import DataError
+from dynrec_jax.errors import ConfigError, DataError
 from dynrec_jax.evaluate.metrics import Coverage, ranking_metrics, ranks
 from dynrec_jax.evaluate.recommender import Lists, Recommender, fixed_lists, groups
 from dynrec_jax.models.bstm import Bstm
@@ -22,6 +22,26 @@ LIST_LENGTH = 100  # what scoring writes by default: the metrics are those of th
 def asked(splits: Splits, which: str) -> np.ndarray:
     """int64[U], the event that "validation" or "test" asks for; NONE where there is none."""
     return splits.validation if which == "validation" else splits.test
+
+
+def measured_ks(config: ml_collections.ConfigDict, items: int) -> tuple[int, ...]:
+    """Those of `evaluation.ks` that a catalogue of `items` has lists for.
+
+    Raises:
+      ConfigError: one exceeds the lists that are made, or `evaluation.metric` exceeds the catalogue.
+    """
+    if max(config.evaluation.ks) > LIST_LENGTH:
+        raise ConfigError(
+            f"config.evaluation.ks: {max(config.evaluation.ks)}; lists have {LIST_LENGTH} items, expected no more"
+        )
+    ks = tuple(k for k in config.evaluation.ks if k <= items)
+    _, _, k = config.evaluation.metric.partition("@")
+    if k and int(k) not in ks:
+        raise ConfigError(
+            f"config.evaluation.metric: {config.evaluation.metric!r}, and the catalogue has {items} items; "
+            "choose a metric of a shorter list, or mrr"
+        )
+    return ks
 
 
 class Evaluator:
@@ -36,7 +56,12 @@ class Evaluator:
         config: ml_collections.ConfigDict,
         mesh: Mesh,
     ):
-        """`which` is "validation" or "test"; raises DataError where no user has such a target."""
+        """`which` is "validation" or "test".
+
+        Raises:
+          ConfigError: a metric is of longer lists than there are.
+          DataError: no user has such a target.
+        """
         self._histories = histories
         self._splits = splits
         self._config = config
@@ -51,8 +76,8 @@ class Evaluator:
         self.ends_U = ends_U[self.users_U]
         self.targets_U = histories.item_at(self.users_U, self.ends_U)
         self.parts = [slice(*np.searchsorted(self.users_U, [g.start, g.stop])) for g in groups(histories)]
+        self.ks = measured_ks(config, self._items)
         k = min(LIST_LENGTH, self._items)
-        self.ks = tuple(k_ for k_ in config.evaluation.ks if k_ <= k)
         self.recommender = Recommender(
             model, mesh, config.evaluation.batch_size, k, config.evaluation.filter_seen
         )

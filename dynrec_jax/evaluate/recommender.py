@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dynrec_jax.data.cache import Histories, Windows
+from dynrec_jax.errors import NonFiniteError
 from dynrec_jax.models.bstm import Bstm
 from dynrec_jax.models.item_encoder import ID_TABLE
 from dynrec_jax.parallel.table import lookup
@@ -41,7 +42,7 @@ class Lists(NamedTuple):
     scores: np.ndarray
 
 
-class NonFiniteScores(ArithmeticError):
+class NonFiniteScores(NonFiniteError):
     """Scores, or the vectors behind them, are NaN or infinite; nothing can be ranked by them."""
 
 

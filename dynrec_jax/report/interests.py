@@ -21,17 +21,17 @@ INK = "#333333"
 def draw_interests(
     path: Path,
     times: Sequence[int] | NDArray[np.int64],
-    planted: ArrayLike,
+    planted: ArrayLike | None,
     inferred: ArrayLike,
     topic_names: Sequence[str],
     title: str,
 ) -> None:
-    """Writes a PNG with two stacked areas over the same time and in the same colours.
+    """Writes a PNG with stacked areas, one panel above the other, over the same time in the same colours.
 
     Args:
       path: of the PNG; its folder exists. A file that is there is replaced.
       times: P moments in ascending order, seconds since 1970.
-      planted: [P, K], the true share of each topic; rows sum to 1.
+      planted: [P, K], the true share of each topic; rows sum to 1. None, where nobody knows: one panel is drawn.
       inferred: [P, K], a model's share of each topic; rows sum to 1.
       topic_names: K names.
       title: above the panels.
@@ -39,38 +39,37 @@ def draw_interests(
     Raises:
       ValueError: the shapes do not belong together, or there are fewer than two moments.
     """
-    shares = {"planted": np.asarray(planted, np.float64), "inferred": np.asarray(inferred, np.float64)}
+    panels = {"interests the model infers from the history": np.asarray(inferred, np.float64)}
+    if planted is not None:
+        panels = {"planted interests": np.asarray(planted, np.float64), **panels}
     shape = (len(times), len(topic_names))
-    for name, value in shares.items():
-        if value.shape != shape or len(times) < 2:
-            raise ValueError(f"{name} has shape {value.shape}; expected {shape}, with two times or more")
-    shown = _most_present(shares["planted"], shares["inferred"])
+    for heading, shares in panels.items():
+        if shares.shape != shape or len(times) < 2:
+            raise ValueError(f"{heading}: shape {shares.shape}; expected {shape}, with two times or more")
+    shown = _most_present(np.stack(list(panels.values())))
     moments = np.asarray(times, np.int64).astype("datetime64[s]")
     # A figure of its own canvas: pyplot would hold on to it, and look for a display.
-    figure = Figure(figsize=(10, 6), dpi=150, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(10, 1 + 2.5 * len(panels)), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, sharey=True)
+    rows = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     labels = [topic_names[topic] for topic in shown] + ["all others"]
-    for axes, heading, value in (
-        (upper, "planted interests", shares["planted"]),
-        (lower, "interests the model infers from the history", shares["inferred"]),
-    ):
-        _stack(axes, moments, value, shown, labels)
+    for axes, (heading, shares) in zip(rows, panels.items(), strict=True):
+        _stack(axes, moments, shares, shown, labels)
         axes.set_title(heading, loc="left", fontsize=11, color=INK)
-    handles, _ = upper.get_legend_handles_labels()
+    handles, _ = rows[0].get_legend_handles_labels()
     # From top to bottom, as the areas lie.
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, labelcolor=INK)
     locator = AutoDateLocator(minticks=4, maxticks=9)
-    lower.xaxis.set_major_locator(locator)
-    lower.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    rows[-1].xaxis.set_major_locator(locator)
+    rows[-1].xaxis.set_major_formatter(ConciseDateFormatter(locator))
     figure.savefig(path, format="png")
 
 
-def _most_present(planted: NDArray[np.float64], inferred: NDArray[np.float64]) -> list[int]:
-    """The topics with most of both panels, most first."""
-    most = np.argsort(-(planted + inferred).sum(axis=0), kind="stable")[:SHOWN]
-    reached = np.maximum(planted, inferred).max(axis=0)
+def _most_present(panels: NDArray[np.float64]) -> list[int]:
+    """The topics with most of all panels [panels, P, K], most first."""
+    most = np.argsort(-panels.sum(axis=(0, 1)), kind="stable")[:SHOWN]
+    reached = panels.max(axis=(0, 1))
     return [int(topic) for topic in most if reached[topic] >= LEAST]
 
 

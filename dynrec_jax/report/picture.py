@@ -13,10 +13,9 @@ import numpy as np
 from absl import flags
 
 from dynrec_jax import workdir as workdirs
-from dynrec_jax.cli import report_errors
 from dynrec_jax.data import synthetic
 from dynrec_jax.data.cache import Histories
-from dynrec_jax.errors import ConfigError, DataError
+from dynrec_jax.errors import ConfigError, DataError, report_errors
 from dynrec_jax.evaluate.oracle import synthetic_spec
 from dynrec_jax.models.item_encoder import ID_TABLE
 from dynrec_jax.models.user_encoder import moments

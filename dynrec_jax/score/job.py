@@ -101,7 +101,9 @@ def _work(run: Run, options: ScoreOptions) -> _Work:
     if table is not None and has_histories(table):
         return _work_of_file(run, options, table)
     stored = Histories(run.dataset, options.cache_dir or run.config.data.cache_dir)
-    ends_U = stored.lengths if options.split == "all" else asked(make_splits(stored, run.config), options.split)
+    ends_U = (
+        stored.lengths if options.split == "all" else asked(make_splits(stored, run.config), options.split)
+    )
     without = f"users without a {options.split} target left out"
     if table is not None:
         chosen, notes = _known(stored, table.column("user_id").to_pylist(), options.users)
@@ -116,12 +118,16 @@ def _work(run: Run, options: ScoreOptions) -> _Work:
 
 def _work_of_file(run: Run, options: ScoreOptions, table: pa.Table) -> _Work:
     if options.split != "all":
-        raise ConfigError(f"--split={options.split}: {options.users} brings its own histories; leave the flag out")
+        raise ConfigError(
+            f"--split={options.split}: {options.users} brings its own histories; leave the flag out"
+        )
     histories = new_histories(table, run.dataset, options.users)
     notes = _told(histories.unknown_items, "events of unknown items left out")
     notes += _told(histories.empty_users, "users without a known item left out")
     ids = histories.users
-    return _Work(histories, lambda u: [ids[i] for i in u], _chunks(np.arange(len(ids)), histories.lengths), notes)
+    return _Work(
+        histories, lambda u: [ids[i] for i in u], _chunks(np.arange(len(ids)), histories.lengths), notes
+    )
 
 
 def _known(stored: Histories, wanted: list[str], path: Path | None) -> tuple[np.ndarray, list[str]]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from dynrec_jax.errors import ConfigError, MachineError
 from dynrec_jax.evaluate.recommender import Lists
-from dynrec_jax.workdir import write_whole
+from dynrec_jax.workdir import is_temporary, remove_temporary, temporary_name, write_whole
 
 MANIFEST = "score.json"
 SCHEMA = pa.schema(
@@ -32,6 +32,8 @@ class Parts:
         self.out = out
         self._number = number
         self._manifest = {**manifest, "parts": number}
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"{out}: is a file; choose another --out")
         found = _read(out / MANIFEST)
         if found is not None:
             changed = sorted(
@@ -42,12 +44,18 @@ class Parts:
                     f"{key}: {found.get(key)!r} -> {self._manifest.get(key)!r}" for key in changed
                 )
                 raise ConfigError(f"{out}: holds the output of another job ({told}); choose another --out")
+            remove_temporary(out)
             return
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and any(path for path in out.iterdir() if not is_temporary(path)):
             raise ConfigError(f"{out}: exists and is not the output of scoring; choose another --out")
         try:
             out.mkdir(parents=True, exist_ok=True)
+            remove_temporary(out)
             write_whole(out / MANIFEST, json.dumps(self._manifest, indent=2) + "\n")
+        except (NotADirectoryError, PermissionError) as error:
+            raise ConfigError(
+                f"{out}: no folder can be made there ({error.strerror}); choose another --out"
+            ) from None
         except OSError as error:
             raise MachineError(f"{out}: cannot be written ({error})") from None
 
@@ -69,7 +77,7 @@ class Parts:
           MachineError: the disk is full or fails; nothing that looks whole is left.
         """
         path = self.path(part)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = temporary_name(path)
         try:
             with temporary.open("wb") as file:
                 pq.write_table(to_table(users, lists, items), file, compression="zstd")

@@ -52,36 +52,50 @@ class NewHistories:
 
 
 def read_table(path: Path) -> pa.Table:
-    """A CSV or Parquet file; ids as strings, so that `001` stays `001`.
+    """A CSV or Parquet file with a column `user_id` of strings, so that `001` stays `001`.
 
     Raises:
-      DataError: no such file, not readable, empty, or without a column of users.
+      DataError: no such file, not readable, empty, or without a column of users that each row fills.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; expected a CSV or Parquet file with a column user_id")
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {found}; expected a CSV or Parquet file with a column user_id")
     try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            table = pq.read_table(path)
-        else:
-            with path.open("rb") as file:
-                header = file.readline().decode("utf-8-sig").strip()
-            names = [name.strip().strip('"') for name in header.split(",")]
-            types = {name: pa.string() for name in names if name != "time"}
-            options = csv.ConvertOptions(column_types=types, strings_can_be_null=True)
-            table = csv.read_csv(path, convert_options=options)
+        table = pq.read_table(path) if path.suffix.lower() in (".parquet", ".pq") else _read_csv(path)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path}: not readable as CSV or Parquet: {' '.join(str(error).split())}") from None
-    user = next((name for name in USER if name in table.column_names), None)
+    names = table.column_names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{path}: has the column {twice[0]} more than once; expected one of each name")
+    user = next((name for name in USER if name in names), None)
     if user is None:
-        raise DataError(
-            f"{path}: has the columns {', '.join(table.column_names)}; expected one named user_id"
-        )
+        raise DataError(f"{path}: has the columns {', '.join(names)}; expected one named user_id")
     if table.num_rows == 0:
         raise DataError(f"{path}: holds no users")
-    column = table.column(user)
-    if pa.types.is_floating(column.type):
-        raise DataError(f"{path}: column {user} is {column.type}; ids are strings or integers")
-    return table.set_column(table.column_names.index(user), "user_id", column.cast(pa.string()))
+    users = _strings(table.column(user), user, path)
+    if users.null_count:
+        row = pc.index(users.is_null(), True).as_py() + 1
+        raise DataError(f"{path}: row {row} has no {user}; expected one in every row")
+    return table.set_column(names.index(user), "user_id", users)
+
+
+def _read_csv(path: Path) -> pa.Table:
+    with path.open("rb") as file:
+        header = file.readline().decode("utf-8-sig").strip()
+    names = [name.strip().strip('"') for name in header.split(",")]
+    types = {name: pa.string() for name in names if name != "time"}
+    # An empty field is no value; a user called NA or null is one.
+    options = csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
+    return csv.read_csv(path, convert_options=options)
+
+
+def _strings(column: pa.ChunkedArray, name: str, path: Path) -> pa.Array:
+    """Ids as strings; raises DataError for a column that holds something else."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        raise DataError(f"{path}: column {name} is {kind}; ids are strings or integers")
+    # Two steps: Arrow casts no dictionary of integers to strings.
+    return column.combine_chunks().cast(kind).cast(pa.string())
 
 
 def has_histories(table: pa.Table) -> bool:
@@ -92,29 +106,18 @@ def has_histories(table: pa.Table) -> bool:
 def new_histories(table: pa.Table, dataset: Dataset, path: Path | None) -> NewHistories:
     """Histories of a users file; unknown items are left out and counted.
 
+    Args:
+      table: as `read_table` gives it: a list of items a row, oldest first, or an item a row, ordered by a column
+        `time` where there is one and by row where there is not.
+      dataset: whose items are known.
+      path: of the file, for messages.
+
     Raises:
-      DataError: a list column of another type, or no known item at all.
+      DataError: a column of another type, a user with two lists, or no known item at all.
     """
+    place = path or Path("users")
     lists = next((name for name in LISTS if name in table.column_names), None)
-    if lists is not None:
-        column = table.column(lists).combine_chunks()
-        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            raise DataError(
-                f"{path}: column {lists} is {column.type}; expected lists of item ids, oldest first"
-            )
-        parents = pc.list_parent_indices(column).to_numpy()
-        items = pc.list_flatten(column).cast(pa.string())
-        users = table.column("user_id").to_pylist()
-    else:
-        if "time" in table.column_names:
-            number = pa.array(np.arange(table.num_rows))
-            table = table.append_column("_row", number).sort_by(
-                [("time", "ascending"), ("_row", "ascending")]
-            )
-        encoded = table.column("user_id").combine_chunks().dictionary_encode()
-        users = encoded.dictionary.to_pylist()
-        parents = encoded.indices.to_numpy(zero_copy_only=False)
-        items = table.column("item").combine_chunks().cast(pa.string())
+    users, parents, items = _of_lists(table, lists, place) if lists else _of_rows(table, place)
     index = pc.index_in(items, dataset.item_ids().cast(pa.string()))
     known = index.is_valid().to_numpy(zero_copy_only=False)
     parents, numbers = parents[known], index.drop_null().to_numpy().astype(np.int32) + 1
@@ -123,7 +126,7 @@ def new_histories(table: pa.Table, dataset: Dataset, path: Path | None) -> NewHi
     kept = np.nonzero(counts)[0]
     if len(kept) == 0:
         raise DataError(
-            f"{path}: no item of these histories is in the model's catalogue of {dataset.items:,} items"
+            f"{place}: no item of these histories is in the model's catalogue of {dataset.items:,} items"
         )
     return NewHistories(
         users=[users[i] for i in kept],
@@ -132,3 +135,46 @@ def new_histories(table: pa.Table, dataset: Dataset, path: Path | None) -> NewHi
         unknown_items=int((~known).sum()),
         empty_users=len(users) - len(kept),
     )
+
+
+def _of_lists(table: pa.Table, name: str, path: Path) -> tuple[list[str], np.ndarray, pa.Array]:
+    """Users, and for every event the number of its user and its item."""
+    column = table.column(name).combine_chunks()
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        raise DataError(f"{path}: column {name} is {column.type}; expected lists of item ids, oldest first")
+    users = table.column("user_id").to_pylist()
+    if len(set(users)) < len(users):
+        twice = next(user for i, user in enumerate(users) if user in users[:i])
+        raise DataError(f"{path}: user {twice!r} has two rows; expected one list a user")
+    items = _strings(pa.chunked_array([pc.list_flatten(column)]), name, path)
+    return users, pc.list_parent_indices(column).to_numpy(), items
+
+
+def _of_rows(table: pa.Table, path: Path) -> tuple[list[str], np.ndarray, pa.Array]:
+    """As `_of_lists`, of a table with an item a row."""
+    if "time" in table.column_names:
+        _check_times(table.column("time"), path)
+        number = pa.array(np.arange(table.num_rows))
+        table = table.append_column("_row", number).sort_by([("time", "ascending"), ("_row", "ascending")])
+    encoded = table.column("user_id").combine_chunks().dictionary_encode()
+    parents = encoded.indices.to_numpy(zero_copy_only=False)
+    return encoded.dictionary.to_pylist(), parents, _strings(table.column("item"), "item", path)
+
+
+def _check_times(times: pa.ChunkedArray, path: Path) -> None:
+    """Raises DataError for times that cannot be ordered: text would sort 10 before 9."""
+    kind = times.type
+    if times.null_count:
+        row = pc.index(times.is_null(), True).as_py() + 1
+        raise DataError(f"{path}: row {row} has no time; expected one in every row, or no column time")
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_temporal(kind)):
+        row, text = next(((i, t) for i, t in enumerate(times.to_pylist(), 1) if not _is_number(t)), (1, kind))
+        raise DataError(f"{path}: row {row}: time {text!r} is no number; expected seconds since 1970")
+
+
+def _is_number(text: object) -> bool:
+    try:
+        float(str(text))
+    except ValueError:
+        return False
+    return True

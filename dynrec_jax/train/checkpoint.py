@@ -6,6 +6,10 @@ far). It is visible only when it is whole.
 """
 
 import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,8 @@ from dynrec_jax.train.state import TrainState
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 VALUE = "value"
+
+Hook = Callable[[Any], Any]
 
 
 class Checkpoints:
@@ -38,6 +44,7 @@ class Checkpoints:
             preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(keep_last), best]),
         )
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         self._manager = ocp.CheckpointManager(
             folder.absolute(), options=options, item_names=("model", "optimizer", "progress")
         )
@@ -64,18 +71,21 @@ class Checkpoints:
         )
 
     def restore(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """The state and progress of a step, laid out as `state` is."""
+        """The state and progress of a step, laid out as `state` is.
+
+        Raises:
+          DataError: the checkpoint is damaged, or of a state of another shape.
+        """
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore({"params": template.params, "tables": template.tables}),
-                optimizer=ocp.args.StandardRestore(
-                    {"opt_state": template.opt_state, "row_state": template.row_state}
-                ),
-                progress=ocp.args.JsonRestore(),
+        args = ocp.args.Composite(
+            model=ocp.args.StandardRestore({"params": template.params, "tables": template.tables}),
+            optimizer=ocp.args.StandardRestore(
+                {"opt_state": template.opt_state, "row_state": template.row_state}
             ),
+            progress=ocp.args.JsonRestore(),
         )
+        with _damage(self._folder / str(step)):
+            restored = self._manager.restore(step, args=args)
         model, optimizer = restored["model"], restored["optimizer"]
         placed = jax.device_put(step, state.step.sharding)
         new = TrainState(
@@ -128,12 +138,40 @@ def open_model(folder: Path, abstract: dict[str, Any], step: str | int) -> tuple
         if chosen not in steps:
             raise DataError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
         args = ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
-        try:
+        with _damage(folder / str(chosen)):
             return manager.restore(chosen, args=args)["model"], int(chosen)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise DataError(
-                f"{folder}/{chosen}: does not fit the run's config or is damaged: {reason}"
-            ) from None
     finally:
         manager.close()
+
+
+@contextmanager
+def _damage(checkpoint: Path) -> Iterator[None]:
+    """Turns whatever Orbax and TensorStore raise on reading a damaged checkpoint into a DataError.
+
+    They raise ValueError, KeyError, FileNotFoundError and plain Exception alike, with pages of settings.
+    """
+    before, sys.unraisablehook = sys.unraisablehook, _without_late_reads(sys.unraisablehook)
+    try:
+        yield
+        sys.unraisablehook = before
+    except (jax.errors.JaxRuntimeError, MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = re.split(r" \[(?:tensorstore_spec|source locations)", " ".join(str(first).split()))[0]
+        raise DataError(
+            f"{checkpoint}: does not fit the run's config or is damaged: {reason or type(first).__name__}; "
+            "copy it again, or remove this folder to use an earlier checkpoint"
+        ) from None
+
+
+def _without_late_reads(before: Hook) -> Hook:
+    """Leaves out what the reads still under way say once one has failed and Orbax has closed their event loop."""
+
+    def hook(unraisable: Any) -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            before(unraisable)
+
+    return hook

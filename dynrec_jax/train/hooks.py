@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import ml_collections
 import numpy as np
 
+from dynrec_jax.errors import NonFiniteError
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.metrics_writer import MetricsWriter
@@ -28,7 +29,7 @@ class Hook(Protocol):
         ...
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLoss(NonFiniteError):
     """The loss or its gradient became NaN or infinite; the message names the step."""
 
 
@@ -117,7 +118,9 @@ class EvaluateHook:
         )
         if self._patience and self.standing["worse"] >= self._patience:
             # Part of the checkpoint: started again, the run stays stopped.
-            self.standing["stopped"] = f"no better {self._metric} on validation in {self._patience} evaluations"
+            self.standing["stopped"] = (
+                f"no better {self._metric} on validation in {self._patience} evaluations"
+            )
             return str(self.standing["stopped"])
         return None
 

@@ -177,8 +177,9 @@ def test_blocks_do_not_change_the_line_that_is_named(prepared, tmp_path, monkeyp
 
 
 def test_byte_order_mark_and_windows_line_ends(prepared, tmp_path):
-    (tmp_path / "log.txt").write_bytes("\ufeffana x y\r\nbo y\r\n".encode())
-    assert histories(prepared(f"sequences:{tmp_path}/log.txt").path) == {
+    text = "\ufeffuser_id:token\titem_id:token\r\nana\tx\r\nana\ty\r\nbo\ty\r\n"
+    (tmp_path / "log.inter").write_bytes(text.encode())
+    assert histories(prepared(f"atomic:{tmp_path}/log.inter").path) == {
         "ana": [("x", None, None), ("y", None, None)],
         "bo": [("y", None, None)],
     }

@@ -1,6 +1,5 @@
 """Id 0 is padding: never an item, never recommended, and its row never moves."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

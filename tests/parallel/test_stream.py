@@ -38,7 +38,9 @@ def dense(u_PxD: np.ndarray, table_RxD: np.ndarray, items: int) -> tuple[np.ndar
     return v_NxD, z_P, np.exp(s_PxN - z_P[:, None])
 
 
-def dense_logsumexp(u_PxD: np.ndarray, weight_P: np.ndarray, table_RxD: np.ndarray, items: int) -> tuple[Any, ...]:
+def dense_logsumexp(
+    u_PxD: np.ndarray, weight_P: np.ndarray, table_RxD: np.ndarray, items: int
+) -> tuple[Any, ...]:
     """The value and its gradients, by their formulas."""
     v_NxD, z_P, p_PxN = dense(u_PxD, table_RxD, items)
     p_PxN = p_PxN * weight_P[:, None]
@@ -64,7 +66,9 @@ def close(found: Any, expected: Any) -> None:
 
 def logsumexp_gradients(blocks: Blocks) -> Callable[..., Any]:
     return jax.jit(
-        jax.value_and_grad(lambda u, weight, table: logsumexp_sum(u, weight, jnp.int32(COUNT), table, blocks), (0, 2))
+        jax.value_and_grad(
+            lambda u, weight, table: logsumexp_sum(u, weight, jnp.int32(COUNT), table, blocks), (0, 2)
+        )
     )
 
 
@@ -95,7 +99,9 @@ def test_blocks_behind_the_last_position_are_not_computed():
     u, weight, table, _ = inputs(37)
     weight[8:] = 1.0  # would count, were it looked at
     u[8:] = np.nan
-    run = jax.jit(jax.value_and_grad(lambda u: logsumexp_sum(u, weight, jnp.int32(8), table, Blocks(37, SCALE, 8, 4))))
+    run = jax.jit(
+        jax.value_and_grad(lambda u: logsumexp_sum(u, weight, jnp.int32(8), table, Blocks(37, SCALE, 8, 4)))
+    )
     value, du = run(u)
     np.testing.assert_allclose(value, dense_logsumexp(u[:8], weight[:8], table, 37)[0], rtol=1e-6)
     assert not np.asarray(du)[8:].any()
@@ -119,7 +125,9 @@ def test_eight_devices_give_the_dense_numbers(sizes: tuple[int, int, int], items
         sums = logsumexp_gradients(blocks)(u, weight, table)
         mixed = mixture_gradients(blocks)(u, g, table)
     expectations = (dense_logsumexp(u, weight, table, items), dense_mixture(u, g, table, items))
-    for (value, (du, dv)), (expected, expected_du, expected_dv) in zip((sums, mixed), expectations, strict=True):
+    for (value, (du, dv)), (expected, expected_du, expected_dv) in zip(
+        (sums, mixed), expectations, strict=True
+    ):
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         close(du, expected_du)
         close(dv, expected_dv)

@@ -25,7 +25,9 @@ def inputs(items: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return u_BxD, table_RxD, seen_BxM
 
 
-def expected(u: np.ndarray, table: np.ndarray, seen: np.ndarray, items: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def expected(
+    u: np.ndarray, table: np.ndarray, seen: np.ndarray, items: int, k: int
+) -> tuple[np.ndarray, np.ndarray]:
     """By a stable sort: equal scores stay in the order of their index."""
     ids, scores = np.zeros((len(u), k), np.int32), np.full((len(u), k), -np.inf, np.float32)
     for b in range(len(u)):
@@ -36,7 +38,9 @@ def expected(u: np.ndarray, table: np.ndarray, seen: np.ndarray, items: int, k: 
     return ids, scores
 
 
-def found(u: np.ndarray, table: np.ndarray, seen: np.ndarray, items: int, k: int, rows: int) -> list[np.ndarray]:
+def found(
+    u: np.ndarray, table: np.ndarray, seen: np.ndarray, items: int, k: int, rows: int
+) -> list[np.ndarray]:
     run = jax.jit(functools.partial(top_k, k=k, items=items, scale=SCALE, rows=rows))
     return [np.asarray(x) for x in run(jnp.asarray(u), jnp.asarray(table), jnp.asarray(seen))]
 

@@ -42,6 +42,12 @@ def test_topics_beyond_the_legend_are_drawn_together(tmp_path: Path):
     assert 0.1 < grey < 0.2
 
 
+def test_where_nothing_was_planted_one_panel_is_drawn(tmp_path: Path):
+    path = tmp_path / "interests.png"
+    draw_interests(path, TIMES, None, np.ones((20, 1)), ["jazz"], "a user")
+    assert colour_shares(image.imread(path), "#0072B2", slice(None)) > 0.5
+
+
 def test_fewer_topics_than_colours_will_do(tmp_path: Path):
     draw_interests(tmp_path / "a.png", TIMES[:2], np.ones((2, 1)), np.ones((2, 1)), ["jazz"], "one topic")
     assert image.imread(tmp_path / "a.png").ndim == 3
@@ -50,6 +56,6 @@ def test_fewer_topics_than_colours_will_do(tmp_path: Path):
 @pytest.mark.parametrize(("moments", "topics"), [(19, 10), (20, 9)])
 def test_shapes_that_do_not_belong_together_are_refused(tmp_path: Path, moments: int, topics: int):
     shares = np.ones((20, 10)) / 10
-    with pytest.raises(ValueError, match="inferred has shape"):
+    with pytest.raises(ValueError, match=r"infers.*shape \(.*expected \(20, 10\)"):
         draw_interests(tmp_path / "a.png", TIMES, shares, np.ones((moments, topics)), ["x"] * 10, "x")
     assert not (tmp_path / "a.png").exists()

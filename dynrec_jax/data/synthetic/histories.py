@@ -4,6 +4,7 @@ A block has its own random stream, so that any user's history can be drawn again
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -79,6 +80,7 @@ def block_size(spec: SyntheticSpec, block: int) -> int:
     return min(BLOCK, spec.users - block * BLOCK)
 
 
+@functools.lru_cache(maxsize=16)  # users are asked for in any order, a few at a time
 def draw_block(spec: SyntheticSpec, block: int) -> Histories:
     """All events of users `block * BLOCK` and after."""
     random = uniforms(spec, 1, block)

@@ -1,0 +1,140 @@
+"""Experiment files and `--config.KEY=VALUE`: how a command line becomes a config.
+
+An experiment file is Python with a function `get_config()` that returns `default_config()` with some values changed.
+Every key of the config is a flag of its own, so an unknown key and a mistyped value are found as any flag's are.
+"""
+
+import ast
+import re
+import runpy
+import traceback
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+
+from dynrec_jax import config as configs
+from dynrec_jax.errors import ConfigError
+
+FLAG = "config"
+PREFIX = f"{FLAG}."
+EXPECTED = "expected an experiment file, such as experiments/ml1m.py"
+
+
+class _TupleParser(flags.ArgumentParser[tuple[Any, ...]]):
+    """`1,5,10` or `(1, 5, 10)`."""
+
+    def parse(self, argument: Any) -> tuple[Any, ...]:
+        try:
+            value = ast.literal_eval(argument) if isinstance(argument, str) else argument
+        except (SyntaxError, ValueError):
+            raise ValueError("expected numbers separated by commas") from None
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+    def flag_type(self) -> str:
+        return "tuple"
+
+
+def define_config(values: flags.FlagValues) -> None:
+    """Defines `--config=FILE` and a flag `--config.KEY` for every key; those are left out of `--help`."""
+    flags.DEFINE_string(
+        FLAG,
+        None,
+        "experiment file; --config.KEY=VALUE changes a key (dynrec_jax/config.py lists them)",
+        flag_values=values,
+    )
+    for key, value in configs.flat(configs.default_config()).items():
+        name = PREFIX + key
+        if isinstance(value, bool):
+            flags.DEFINE_boolean(name, None, key, flag_values=values)
+        elif isinstance(value, int):
+            flags.DEFINE_integer(name, None, key, flag_values=values)
+        elif isinstance(value, float):
+            flags.DEFINE_float(name, None, key, flag_values=values)
+        elif isinstance(value, str):
+            flags.DEFINE_string(name, None, key, flag_values=values)
+        else:
+            flags.DEFINE(_TupleParser(), name, None, key, flag_values=values)
+
+
+def read_config(values: flags.FlagValues) -> ml_collections.ConfigDict:
+    """The config that the flags name, complete, locked and with valid values.
+
+    Raises:
+      ConfigError: no file is named, it fails or returns no config, or a key or value is not what it must be.
+    """
+    if not values[FLAG].value:
+        raise ConfigError(f"--{FLAG} is missing; {EXPECTED}")
+    config = checked(load(values[FLAG].value), values[FLAG].value)
+    changes = {
+        name.removeprefix(PREFIX): values[name].value
+        for name in values
+        if name.startswith(PREFIX) and values[name].present
+    }
+    config.update_from_flattened_dict(changes)
+    configs.validate(config)
+    return config
+
+
+def load(text: str) -> Any:
+    """What `get_config` of a file returns; of `FILE:ARGUMENT`, `get_config(ARGUMENT)`.
+
+    Raises:
+      ConfigError: there is no such file, it has no `get_config`, or it fails; the message names the line.
+    """
+    name, *argument = text.split(":", 1)
+    path = Path(name)
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise ConfigError(f"--{FLAG}: {path}: {found}; {EXPECTED}")
+    try:
+        # Compiled from the text each time: bytecode on the disk may be that of an edit within the same second.
+        get_config = runpy.run_path(str(path), run_name="experiment").get("get_config")
+        if get_config is None:
+            raise ConfigError(f"--{FLAG}: {path}: has no function get_config; {EXPECTED}")
+        return get_config(*argument)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # the file is the user's own code and may fail in any way
+        raise ConfigError(f"--{FLAG}: {path}{_line(error, path)}: {_told(error)}") from None
+
+
+def checked(found: Any, name: str) -> ml_collections.ConfigDict:
+    """A locked config of the right types from what an experiment file returned; raises ConfigError."""
+    if not isinstance(found, ml_collections.ConfigDict):
+        kind = type(found).__name__
+        raise ConfigError(
+            f"--{FLAG}: {name}: get_config() returned {kind}; expected the config that default_config() makes"
+        )
+    config = configs.default_config()
+    known, given = configs.flat(config), configs.flat(found)
+    if missing := sorted(known.keys() - given.keys()):
+        raise ConfigError(f"--{FLAG}: {name}: left out {', '.join(missing)}; start from default_config()")
+    if unknown := sorted(given.keys() - known.keys()):
+        raise ConfigError(
+            f"--{FLAG}: {name}: unknown keys {', '.join(unknown)}; known keys are in dynrec_jax/config.py"
+        )
+    for key, value in given.items():
+        try:
+            config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+        except TypeError:
+            kind = type(known[key]).__name__
+            raise ConfigError(
+                f"--{FLAG}: {name}: {key} is {value!r}; expected a value of type {kind}"
+            ) from None
+    return config
+
+
+def _line(error: BaseException, path: Path) -> str:
+    if isinstance(error, SyntaxError):
+        return f":{error.lineno}" if error.lineno else ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f":{frames[-1].lineno}" if frames else ""
+
+
+def _told(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    # A locked config lists all of its values between what is wrong and what was meant.
+    text = re.sub(r"\s*Other fields present: .*\}\"(\\n)?", " ", text)
+    return f"{type(error).__name__}: {text}"

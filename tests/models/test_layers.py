@@ -1,0 +1,119 @@
+"""Dropout whose bits belong to events, the norms, and which blocks there are."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynrec_jax.models.layers import Attention, Dropout, LayerNorm, RmsNorm, hash_bits, token_counters
+
+from .. import tiny
+
+FEATURES = 16
+
+
+def dropped(rate: float, counters: Any, x: Any, seed: int = 0) -> np.ndarray:
+    return np.asarray(Dropout(rate).apply({}, x, counters, rngs={"dropout": jax.random.key(seed)}))
+
+
+def counters(rows: int, length: int) -> jax.Array:
+    at = jnp.arange(rows * length, dtype=jnp.int32).reshape(rows, length)
+    return token_counters(at // length + 1, at % length)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.8])
+def test_dropout_drops_its_rate_and_keeps_the_expectation(rate: float):
+    rows, length = 64, 50
+    y = dropped(rate, counters(rows, length), jnp.full((rows, length, FEATURES), 3.0))
+    count = y.size
+    deviation = np.sqrt(rate * (1 - rate) / count)
+    assert abs((y == 0).mean() - rate) < 4 * deviation
+    np.testing.assert_allclose(y[y != 0], 3.0 / (1 - rate), rtol=1e-6)
+
+
+def test_no_dropout_without_a_key_or_a_rate():
+    x = jnp.ones((2, 3, FEATURES))
+    assert Dropout(0.5).apply({}, x, counters(2, 3)) is x
+    np.testing.assert_array_equal(dropped(0.0, counters(2, 3), x), x)
+
+
+def test_masks_belong_to_windows_however_they_are_packed():
+    windows = {1: [3, 1, 2, 5], 2: [7, 7], 3: [9, 8, 7]}
+    layouts = [
+        [[(1, windows[1])], [(2, windows[2])], [(3, windows[3])]],
+        [[(2, windows[2]), (1, windows[1])], [], [(3, windows[3])]],
+        [[(3, windows[3]), (2, windows[2])], [(1, windows[1])]],
+    ]
+    masks = []
+    for rows in layouts:
+        batch = tiny.batch(rows, 6)
+        y = dropped(
+            0.5, token_counters(batch.segments, batch.positions), jnp.ones((*batch.items.shape, FEATURES))
+        )
+        mask = {}
+        for r, t in zip(*np.nonzero(batch.segments), strict=True):
+            mask[int(batch.segments[r, t]), int(batch.positions[r, t])] = y[r, t].tolist()
+        masks.append(mask)
+    assert len(masks[0]) == 9
+    assert masks[0] == masks[1] == masks[2]
+
+
+def test_bits_are_independent_of_each_other():
+    """Neighbours in window, place, feature and key agree on half of their bits, as coins do."""
+    base = np.asarray(hash_bits(jax.random.key(0), counters(32, 32), 64))
+    other_key = np.asarray(hash_bits(jax.random.key(1), counters(32, 32), 64))
+    pairs = {
+        "window": (base[1:], base[:-1]),
+        "place": (base[:, 1:], base[:, :-1]),
+        "feature": (base[..., 1:], base[..., :-1]),
+        "diagonal": (base[1:, :-1], base[:-1, 1:]),
+        "key": (base, other_key),
+    }
+    for name, (one, other) in pairs.items():
+        for threshold in (2**31, 2**29):
+            a, b = (one >= threshold).reshape(-1), (other >= threshold).reshape(-1)
+            # The correlation of n independent pairs is within 5 / sqrt(n) all but surely.
+            assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(len(a)), (name, threshold)
+    bits = (base.reshape(-1, 1) >> np.arange(32, dtype=np.uint32)) & 1
+    assert (np.abs(bits.mean(axis=0) - 0.5) < 5 * 0.5 / np.sqrt(len(bits))).all()
+    assert len(np.unique(base)) > 0.99 * base.size
+
+
+def test_all_layers_and_steps_draw_other_bits():
+    x = jnp.ones((4, 4, FEATURES))
+    masks = [dropped(0.5, counters(4, 4), x, seed) for seed in range(3)]
+    assert not np.array_equal(masks[0], masks[1])
+    assert not np.array_equal(masks[1], masks[2])
+    np.testing.assert_array_equal(masks[0], dropped(0.5, counters(4, 4), x, 0))
+
+
+def test_norms_are_their_formulas():
+    x = np.random.default_rng(0).normal(3.0, 2.0, (2, 3, 8)).astype(np.float32)
+    scale, bias = np.linspace(0.5, 2.0, 8, dtype=np.float32), np.linspace(-1, 1, 8, dtype=np.float32)
+    wide = x.astype(np.float64)
+    rms = RmsNorm().apply({"params": {"scale": scale}}, x)
+    np.testing.assert_allclose(rms, wide / np.sqrt((wide**2).mean(-1, keepdims=True)) * scale, rtol=1e-5)
+    norm = LayerNorm().apply({"params": {"scale": scale, "bias": bias}}, x)
+    centred = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
+    np.testing.assert_allclose(norm, centred * scale + bias, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_its_formula():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 3, 4)).astype(np.float32)
+    kernels = {name: rng.normal(size=(4, 2, 2)).astype(np.float32) for name in ("query", "key", "value")}
+    out = rng.normal(size=(2, 2, 4)).astype(np.float32)
+    params = {name: {"kernel": kernel} for name, kernel in {**kernels, "out": out}.items()}
+    mask = np.array([[[True, False, False], [True, True, False], [False, True, True]]])
+    found = Attention(2, jnp.float32).apply({"params": params}, x, mask)
+    expected = np.zeros((3, 4))
+    for h in range(2):
+        q, k, v = (x[0] @ kernels[name][:, h] for name in ("query", "key", "value"))
+        for t in range(3):
+            looked = np.nonzero(mask[0, t])[0]
+            s = k[looked] @ q[t] / np.sqrt(2.0)
+            p = np.exp(s) / np.exp(s).sum()
+            expected[t] += (p @ v[looked]) @ out[h]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)

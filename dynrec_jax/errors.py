@@ -10,6 +10,12 @@ import os
 import sys
 from collections.abc import Callable
 
+# What the operating system refuses for reasons that are not ours: no space, no permission, no more open files.
+MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE),
+}
+
 
 class UserError(Exception):
     """A user's mistake; the message is one line, fit to be shown as it is."""
@@ -44,12 +50,13 @@ def report_errors(work: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        if error.errno not in MACHINE:
             raise
         return _fail(error, 1)
     except KeyboardInterrupt:
         print(
-            "dynrec: interrupted; the same command goes on from the last checkpoint or part", file=sys.stderr
+            "dynrec: interrupted; the same command starts again, or goes on from the last checkpoint or part",
+            file=sys.stderr,
         )
         return 130
 

@@ -1,4 +1,4 @@
-"""What launch/quickstart.sh trains: a small model in about two minutes on two cores.
+"""What launch/quickstart.sh trains: a small model in about a minute on two cores.
 
 bash launch/quickstart.sh [movielens:FOLDER]
 """
@@ -13,8 +13,10 @@ def get_config():
     c.data.windows = "random"
     c.model.heads = 1
     c.model.dropout = 0.3
-    c.train.steps = 500
+    # Read backward too (weight 0.5), a step costs nearly twice as much, and test ndcg@10 is 0.3535 instead of 0.3584.
+    c.model.backward_weight = 0.0
+    c.train.steps = 400
     c.train.learning_rate = 3e-3
-    c.train.checkpoint_every = 125
-    c.train.evaluate_every = 125
+    c.train.checkpoint_every = 100
+    c.train.evaluate_every = 100
     return c

@@ -24,6 +24,7 @@ from dynrec_jax.report.interests import draw_interests
 from dynrec_jax.workdir import Run
 
 COLUMNS = ("topic", "genres", "genre", "category", "class")
+SEPARATORS = {"class": " "}  # of several values in one cell; GroupLens and most others write a bar
 
 
 def main(arguments: list[str]) -> int:
@@ -88,9 +89,8 @@ def _topics(run: Run, column: str | None) -> tuple[list[str], np.ndarray]:
         raise DataError(
             f"{run.dataset.path}: items have the columns {', '.join(table.column_names)}; name one with --column"
         )
-    first = [
-        str(value or "unknown").replace("|", " ").split(" ")[0] for value in table.column(name).to_pylist()
-    ]
+    separator = SEPARATORS.get(name, "|")
+    first = [str(value or "unknown").split(separator)[0] for value in table.column(name).to_pylist()]
     names = sorted(set(first))
     place = {topic: i for i, topic in enumerate(names)}
     return names, np.array([place[topic] for topic in first])

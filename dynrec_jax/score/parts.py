@@ -13,7 +13,8 @@ from dynrec_jax.errors import ConfigError, MachineError
 from dynrec_jax.evaluate.recommender import Lists
 from dynrec_jax.workdir import is_temporary, remove_temporary, temporary_name, write_whole
 
-MANIFEST = "score.json"
+# Readers of Parquet folders (pandas, Arrow, Spark) leave out files that begin with an underscore.
+MANIFEST = "_score.json"
 SCHEMA = pa.schema(
     [("user_id", pa.string()), ("item_ids", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
 )

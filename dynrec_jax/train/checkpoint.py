@@ -5,6 +5,7 @@ A checkpoint is one commit of three parts: `model` (parameters and tables: all t
 far). It is visible only when it is whole.
 """
 
+import copy
 import logging
 import re
 import sys
@@ -17,15 +18,20 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from dynrec_jax.errors import DataError
+from dynrec_jax.errors import DataError, MachineError
 from dynrec_jax.train.state import TrainState
 
 # Orbax reports each save over several lines; a run's own log says when one was written.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
-VALUE = "value"
+VALUE, STEP = "value", "step"
 
 Hook = Callable[[Any], Any]
+
+
+def _rank(metrics: dict[str, Any]) -> Any:
+    """What the best checkpoint has most of; of equal values the first is the best, as the loop sees it."""
+    return metrics[VALUE], -metrics[STEP]
 
 
 class Checkpoints:
@@ -36,9 +42,11 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep_last: int = 2):
         """Opens `folder`, makes it where it is not there, and clears what a killed save left behind."""
-        best = keep.BestN(get_metric_fn=lambda m: m[VALUE], n=1, keep_checkpoints_without_metrics=False)
+        best = keep.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             create=True,
+            best_fn=_rank,  # without it, metrics are neither written nor read
+            best_mode="max",
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
             preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(keep_last), best]),
@@ -56,19 +64,20 @@ class Checkpoints:
     def save(self, state: TrainState, step: int, progress: dict[str, Any], value: float | None) -> bool:
         """Starts to write a checkpoint; `value` is the validation metric of this step where it was measured.
 
-        Returns whether it was started: False where this step is there already.
+        Returns whether it was started: False where this step is there already. Raises MachineError where the disk
+        is full, also if it was the save before that failed in the background.
         """
         if step in self._manager.all_steps():
             return False
-        return self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave({"params": state.params, "tables": state.tables}),
-                optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "row_state": state.row_state}),
-                progress=ocp.args.JsonSave(progress),
-            ),
-            metrics=None if value is None else {VALUE: float(value)},
+        args = ocp.args.Composite(
+            model=ocp.args.StandardSave({"params": state.params, "tables": state.tables}),
+            optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "row_state": state.row_state}),
+            # A copy: it is written in the background, and the run goes on changing its own.
+            progress=ocp.args.JsonSave(copy.deepcopy(progress)),
         )
+        metrics = None if value is None else {VALUE: float(value), STEP: step}
+        with _full_disk(self._folder):
+            return self._manager.save(step, args=args, metrics=metrics)
 
     def restore(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """The state and progress of a step, laid out as `state` is.
@@ -99,12 +108,16 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when all that was started is written; raises what went wrong."""
-        self._manager.wait_until_finished()
+        with _full_disk(self._folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then lets go of the folder."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with _full_disk(self._folder):
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
 
 def open_model(folder: Path, abstract: dict[str, Any], step: str | int) -> tuple[dict[str, Any], int]:
@@ -123,7 +136,7 @@ def open_model(folder: Path, abstract: dict[str, Any], step: str | int) -> tuple
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected the checkpoints of a run made by `dynrec train`")
-    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=lambda m: m[VALUE], best_mode="max")
+    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_rank, best_mode="max")
     manager = ocp.CheckpointManager(
         folder.absolute(), options=options, item_names=("model", "optimizer", "progress")
     )
@@ -142,6 +155,22 @@ def open_model(folder: Path, abstract: dict[str, Any], step: str | int) -> tuple
             return manager.restore(chosen, args=args)["model"], int(chosen)
     finally:
         manager.close()
+
+
+@contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise on a full disk into a MachineError."""
+    try:
+        yield
+    except Exception as error:
+        # TensorStore raises ValueError, but keeps the operating system's words.
+        reason = next((words for words in ("No space left", "quota exceeded") if words in str(error)), None)
+        if reason is None:
+            raise
+        raise MachineError(
+            f"{folder}: a checkpoint cannot be written ({reason}); free some space, and the same command goes on "
+            "from the last one that is whole"
+        ) from None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The training loop: it starts, or goes on with, a run, and sequences step and hooks."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,39 +40,38 @@ def train(
 
     Raises:
       NonFiniteLoss: naming the step.
+      DataError: the newest checkpoint is damaged.
+      MachineError: the disk is full.
     """
     splits = make_splits(histories, config)
     source = BatchSource(histories, splits, config, multiple=mesh.size // mesh.shape["tensor"])
     model = MODELS[config.model.name](config, histories.dataset.items)
     state, step_fn = setup(config, model, mesh)
-    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last)
-    start, standing = 0, {}
-    if (latest := checkpoints.latest()) is not None:
-        state, progress = checkpoints.restore(state, latest)
-        start, standing = progress["step"], progress["standing"]
-    writer = MetricsWriter(folder, start, config.logging.tensorboard)
-    cumulative = popularity_shares(config, histories, splits)
-    try:
-        with Progress("training", config.train.steps, start) as progress_bar:
-            _announce(progress_bar, config, histories, source, state, start)
-            evaluator = _evaluator(config, histories, splits, model, mesh)
-            evaluation = EvaluateHook(config, evaluator, writer, standing, progress_bar)
-            hooks: list[Hook] = [
-                LogHook(config, writer, progress_bar, start),
-                evaluation,
-                CheckpointHook(config, checkpoints, evaluation, progress_bar),
-            ]
-            if start < config.train.steps and not standing.get("stopped"):
-                stream = _on_mesh(batches(source, start, config.data.prefetch), mesh)
-                step = run(
-                    state, step_fn, stream, cumulative, hooks, range(start, config.train.steps), progress_bar
-                )
-            else:
-                step = start
+    with contextlib.ExitStack() as opened:
+        checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last)
+        opened.enter_context(contextlib.closing(checkpoints))
+        start, standing = 0, {}
+        if (latest := checkpoints.latest()) is not None:
+            state, progress = checkpoints.restore(state, latest)
+            start, standing = progress["step"], progress["standing"]
+        writer = MetricsWriter(folder, start, config.logging.tensorboard)
+        opened.enter_context(contextlib.closing(writer))
+        cumulative = popularity_shares(config, histories, splits)
+        progress_bar = opened.enter_context(Progress("training", config.train.steps, start))
+        _announce(progress_bar, config, histories, source, state, start)
+        evaluator = _evaluator(config, histories, splits, model, mesh)
+        evaluation = EvaluateHook(config, evaluator, writer, standing, progress_bar)
+        hooks: list[Hook] = [
+            LogHook(config, writer, progress_bar, start),
+            evaluation,
+            CheckpointHook(config, checkpoints, evaluation, progress_bar),
+        ]
+        step = start
+        if start < config.train.steps and not standing.get("stopped"):
+            stream = _on_mesh(batches(source, start, config.data.prefetch), mesh)
+            left = range(start, config.train.steps)
+            step = run(state, step_fn, stream, cumulative, hooks, left, progress_bar)
         checkpoints.wait()
-    finally:
-        checkpoints.close()
-        writer.close()
     return {"step": step, **standing}
 
 

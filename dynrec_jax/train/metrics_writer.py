@@ -18,18 +18,20 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, start: int, tensorboard: bool):
         """Raises ConfigError where TensorBoard is asked for and not installed."""
-        path = folder / "metrics.jsonl"
-        _rewind(path, start)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        self._board: Any = None
+        board: Any = None
         if tensorboard:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 raise ConfigError(
-                    "config.logging.tensorboard: tensorboardX is not installed; pip install 'dynrec-jax[tensorboard]'"
+                    "config.logging.tensorboard: tensorboardX is not installed; "
+                    "pip install 'dynrec-jax[tensorboard]'"
                 ) from None
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+            board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        path = folder / "metrics.jsonl"
+        _rewind(path, start)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._board = board
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of scalars; the file is flushed."""

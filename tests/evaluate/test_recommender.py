@@ -1,0 +1,99 @@
+"""Lists for many users: those of the model, however users are cut into batches."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynrec_jax.data.cache import Histories
+from dynrec_jax.evaluate.recommender import Lists, NonFiniteScores, Recommender, fixed_lists, groups
+from dynrec_jax.parallel.table import rows_for
+
+from .. import tiny
+
+ITEMS, K = 25, 10
+
+
+def recommender(batch_size: int, filter_seen: bool = True) -> tuple[Recommender, Any, Any]:
+    model, params, tables = tiny.bstm(ITEMS)
+    return Recommender(model, tiny.mesh(1, 1, 1), batch_size, K, filter_seen), params, tables
+
+
+def lists(histories: Histories, users: np.ndarray, batch_size: int, filter_seen: bool = True) -> Lists:
+    made, params, tables = recommender(batch_size, filter_seen)
+    return made.prepare(params, tables)(histories, users, histories.lengths[users])
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_lists_are_the_models_by_a_stable_sort(histories: Histories, filter_seen: bool):
+    users = np.array([40, 3, 17, 0, 29])
+    found = lists(histories, users, 8, filter_seen)
+    model, params, tables = tiny.bstm(ITEMS)
+    items = histories.windows(users, histories.lengths[users], 8).items
+    whole = histories.windows(users, histories.lengths[users], 64).items
+    u = np.asarray(jax.jit(lambda: model.last_vector(params, tables["item_id"][items], jnp.asarray(items)))())
+    scores = u @ np.asarray(tables["item_id"])[1 : ITEMS + 1].T / (0.5 * np.sqrt(8 + 8))
+    for at in range(len(users)):
+        if filter_seen:
+            scores[at, whole[at][whole[at] > 0] - 1] = -np.inf
+        order = np.argsort(-scores[at], kind="stable")[:K]
+        left = np.isfinite(scores[at, order])
+        assert found.ids[at].tolist() == np.where(left, order + 1, 0).tolist()
+        np.testing.assert_allclose(found.scores[at], scores[at, order], rtol=1e-5, atol=1e-5)
+
+
+def test_batches_of_one_less_as_many_and_one_more_give_equal_lists(histories: Histories):
+    users = np.arange(10, 25)  # histories of 8 to 18 events
+    results = [lists(histories, users, size) for size in (14, 15, 16)]
+    for other in results[1:]:
+        np.testing.assert_array_equal(other.ids, results[0].ids)
+        np.testing.assert_allclose(other.scores, results[0].scores, rtol=1e-6)
+
+
+def test_lists_come_in_the_order_of_the_users(histories: Histories):
+    users = np.random.default_rng(0).permutation(np.arange(10, 25))
+    run, params, tables = recommender(8)
+    make = run.prepare(params, tables)
+    mixed = make(histories, users, histories.lengths[users])
+    ordered = make(histories, np.sort(users), histories.lengths[np.sort(users)])
+    np.testing.assert_array_equal(mixed.ids, ordered.ids[np.argsort(np.argsort(users))])
+
+
+@pytest.mark.parametrize("where", ["table", "encoder"])
+def test_nan_ends_in_an_error(histories: Histories, where: str):
+    run, params, tables = recommender(8)
+    if where == "table":
+        tables = {"item_id": tables["item_id"].at[7].set(np.nan)}
+    else:
+        position = params["user"]["position"].at[0].set(np.nan)
+        params = {**params, "user": {**params["user"], "position": position}}
+    users = np.arange(8)
+    with pytest.raises(NonFiniteScores):
+        run.prepare(params, tables)(histories, users, histories.lengths[users])
+
+
+@pytest.mark.parametrize("least", [1, 15, 1000])
+def test_groups_are_whole_shards_of_users_enough(histories: Histories, least: int):
+    made = groups(histories, least)
+    edges = {0, *np.cumsum(histories.shard_users).tolist()}
+    assert made[0].start == 0
+    assert made[-1].stop == histories.users
+    for one, other in zip(made, made[1:], strict=False):
+        assert one.stop == other.start
+    assert all(group.start in edges and group.stop in edges for group in made)
+    assert all(len(group) >= least for group in made[:-1])
+
+
+def test_one_score_for_all_users_is_sorted_without_what_each_has_seen(histories: Histories):
+    run, _, _ = recommender(16)
+    scores = np.zeros(rows_for(ITEMS), np.float32)
+    scores[1 : ITEMS + 1] = np.random.default_rng(0).integers(0, 4, ITEMS)
+    users = np.arange(20, 30)
+    found = fixed_lists(run, scores, ITEMS, 16)(histories, users, histories.lengths[users])
+    order = np.argsort(-scores[1 : ITEMS + 1], kind="stable") + 1
+    for at, user in enumerate(users):
+        seen = set(histories.windows(np.array([user]), histories.lengths[[user]], 64).items[0].tolist())
+        wanted = [item for item in order.tolist() if item not in seen][:K]
+        assert found.ids[at].tolist() == wanted + [0] * (K - len(wanted))

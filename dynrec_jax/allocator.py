@@ -31,4 +31,4 @@ def restart_with_kept_memory() -> None:
     environment = {**os.environ, VARIABLE: TUNABLES, MARK: "on"}
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "dynrec_jax", *sys.argv[1:]], environment)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

@@ -98,7 +98,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.evaluation.ks = (1, 5, 10, 20, 50, 100)
     c.evaluation.metric = "ndcg@10"  # chooses the checkpoint, on validation
     c.evaluation.batch_size = 256  # users at a time
-    c.evaluation.recent = 0.1  # share of the training events that "recent popularity" counts
+    c.evaluation.recent = (
+        0.1  # "recent popularity" counts training events among the latest share of all events
+    )
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = -1  # devices along each axis; -1 takes those that are left
@@ -127,13 +129,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops")
     _within(config, 0, 2**32 - 1, "seed")
     _within(config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2")
+    for key, value in flat(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"config.{key}: {value}; expected a finite number")
     _within(config, 0.0, 0.5, "evaluation.holdout")
     _within(config, 0.0, 1.0, "evaluation.recent")
     c = config
     if c.model.dropout == 1.0:
         raise ConfigError("config.model.dropout: 1.0 would drop everything; expected less than 1")
-    if c.model.temperature <= 0 or c.train.learning_rate <= 0:
-        raise ConfigError("config.model.temperature and config.train.learning_rate must be greater than 0")
+    for key in ("model.temperature", "model.feedforward", "train.learning_rate"):
+        if _get(config, key) <= 0:
+            raise ConfigError(f"config.{key}: {_get(config, key)!r}; expected a number greater than 0")
+    if c.train.beta2 == 1.0:
+        raise ConfigError("config.train.beta2: 1.0 would never forget; expected less than 1")
     if c.model.dim % c.model.heads:
         raise ConfigError(f"config.model.dim: {c.model.dim} does not divide by model.heads={c.model.heads}")
     if c.model.forward_weight + c.model.backward_weight == 0:
@@ -180,6 +188,8 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
     if not isinstance(stored, dict):
         raise ConfigError(f"{path}: holds a {type(stored).__name__}; expected a JSON object of config keys")
     _fill(config, stored, path, "")
+    if missing := sorted(flat(config).keys() - _flat(stored).keys()):
+        raise ConfigError(f"{path}: has no {', '.join(missing)}; it was written by another version")
     validate(config)
     return config
 

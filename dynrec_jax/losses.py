@@ -67,9 +67,7 @@ def full_softmax(at: Positions, table_RxD: Array, blocks: stream.Blocks, dtype: 
     """
     cast_u, cast_v = at.query.astype(dtype), table_RxD.astype(dtype)
     normaliser = stream.logsumexp_sum(cast_u, at.weight, at.number, cast_v, blocks)
-    # Rounded as the streamed scores are, so that the target's own term in the sum and its score agree.
-    rounded_PxD = at.vector.astype(dtype).astype(jnp.float32)
-    target_P = jnp.sum(cast_u.astype(jnp.float32) * rounded_PxD, axis=-1) * blocks.scale
+    target_P = _target_scores(at.query, at.vector, blocks.scale, dtype)
     return normaliser - jnp.sum(jnp.where(at.weight != 0, at.weight * target_P, 0.0))
 
 
@@ -96,7 +94,7 @@ def sampled_softmax(
         s_QxK = jnp.einsum("qd,kd->qk", u_QxD.astype(dtype), cast_KxD, preferred_element_type=jnp.float32)
         s_QxK = s_QxK * blocks.scale - negatives.log_expected[None, :]
         s_QxK = jnp.where(target_Q[:, None] == negatives.ids[None, :], -jnp.inf, s_QxK)
-        target_score_Q = jnp.sum(u_QxD * v_QxD, axis=-1) * blocks.scale
+        target_score_Q = _target_scores(u_QxD, v_QxD, blocks.scale, dtype)
         z_Q = jax.nn.logsumexp(jnp.concatenate([target_score_Q[:, None], s_QxK], axis=1), axis=1)
         return jnp.sum(jnp.where(weight_Q != 0, weight_Q * (z_Q - target_score_Q), 0.0))
 
@@ -104,17 +102,27 @@ def sampled_softmax(
     return jnp.sum(jax.lax.map(block, parts))
 
 
-def draw_negatives(key: Array, number: int, items: int, cumulative_R: Array | None, logq: bool) -> Negatives:
-    """K items, with replacement: uniform, or by `cumulative` (float32[R], running share of row i and before).
+def _target_scores(u_PxD: Array, v_PxD: Array, scale: float, dtype: jnp.dtype) -> Array:
+    """Scores of targets, rounded as all other scores are: a target's own term in the sum and its score agree."""
+    return (
+        jnp.sum(u_PxD.astype(dtype).astype(jnp.float32) * v_PxD.astype(dtype).astype(jnp.float32), -1) * scale
+    )
 
-    A uniform number between two running shares names the row above it; padding has no share, so it is never drawn.
+
+def draw_negatives(key: Array, number: int, items: int, running_R: Array | None, logq: bool) -> Negatives:
+    """K items, with replacement: uniform, or by counts (`running` int32[R], the sum up to and with each row).
+
+    A whole number below the total names the first row whose running count exceeds it, exactly; padding has no
+    count, so it is never drawn.
     """
-    if cumulative_R is None:
+    if running_R is None:
         ids_K = jax.random.randint(key, (number,), 1, items + 1, jnp.int32)
         expected_K = jnp.full((number,), number / items, jnp.float32)
     else:
-        at_K = jax.random.uniform(key, (number,))
-        ids_K = jnp.clip(jnp.searchsorted(cumulative_R, at_K, side="right"), 1, items).astype(jnp.int32)
-        expected_K = number * (cumulative_R[ids_K] - cumulative_R[ids_K - 1])
-    log_expected_K = jnp.log(jnp.maximum(expected_K, 1e-20))
+        total = running_R[items]
+        at_K = jax.random.randint(key, (number,), 0, total, jnp.int32)
+        ids_K = jnp.searchsorted(running_R, at_K, side="right").astype(jnp.int32)
+        count_K = running_R[ids_K] - running_R[ids_K - 1]
+        expected_K = number * (count_K.astype(jnp.float32) / total.astype(jnp.float32))
+    log_expected_K = jnp.log(expected_K)
     return Negatives(ids_K, log_expected_K if logq else jnp.zeros_like(log_expected_K))

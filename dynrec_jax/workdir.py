@@ -5,10 +5,13 @@
 """
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,13 @@ from dynrec_jax.data.dataset import Dataset, open_dataset
 from dynrec_jax.data.folder import is_running
 from dynrec_jax.errors import ConfigError, DataError, MachineError
 from dynrec_jax.models.bstm import MODELS, Bstm
-from dynrec_jax.parallel.mesh import make_mesh
+from dynrec_jax.parallel.mesh import usable_mesh
 from dynrec_jax.parallel.rules import tree_shardings
+from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.checkpoint import open_model
 
 FORMAT = 1
+LOCK = ".lock"
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -82,12 +87,17 @@ def start(path: Path, config: ml_collections.ConfigDict, dataset: Dataset) -> No
                 "choose another --workdir, or the old values"
             )
         _check_fingerprint(path, dataset)
+        _write_record(path, config, dataset)  # the dataset may have moved, and the mesh may be another one
         return
     # A start that was cut short leaves no more than these; the config comes last.
     if path.exists() and (
         not path.is_dir() or any(p for p in path.iterdir() if p.name != "run.json" and not is_temporary(p))
     ):
         raise ConfigError(f"{path}: exists and is no run folder; choose another --workdir")
+    _write_record(path, config, dataset)
+
+
+def _write_record(path: Path, config: ml_collections.ConfigDict, dataset: Dataset) -> None:
     record = {
         "format": FORMAT,
         "dataset": {"path": str(dataset.path.absolute()), "content": dataset.content},
@@ -105,6 +115,25 @@ def start(path: Path, config: ml_collections.ConfigDict, dataset: Dataset) -> No
         ) from None
     except OSError as error:
         raise MachineError(f"{path}: the run folder cannot be written ({error})") from None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a run folder for one process, which may write there; the lock goes with the process, however it ends.
+
+    Raises:
+      ConfigError: another process on this machine trains there.
+    """
+    with (path / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{path}: another process trains there; wait for it, end it, or choose another --workdir"
+            ) from None
+        except OSError:  # a file system without locks: nothing can be held, and nothing is refused
+            pass
+        yield
 
 
 def versions() -> dict[str, str]:
@@ -176,7 +205,7 @@ def open(path: str | Path, step: str | int = "best", dataset: str | Path | None 
     data = open_dataset(Path(dataset) if dataset else Path(_record(path)["dataset"]["path"]))
     _check_fingerprint(path, data)
     model = MODELS[config.model.name](config, data.items)
-    mesh = make_mesh()
+    mesh = usable_mesh(rows_for(data.items))
     boxed = jax.eval_shape(model.init, jax.random.key(0))
     shardings = tree_shardings(mesh, boxed)
     abstract = jax.tree.map(

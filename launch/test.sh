@@ -41,4 +41,5 @@ PYTHON
 )
 
 echo "launch: pytest"
-python -m pytest "${markers[@]}" "$@"
+# A process a core; a file's tests stay together, so that its fixtures are made once.
+python -m pytest -n auto --dist loadfile "${markers[@]}" "$@"

@@ -4,19 +4,20 @@ The cache is one Arrow IPC file, a record batch a shard, uncompressed. The list 
 mapping, so a history is a range of it, and a batch of histories one gather.
 """
 
-import contextlib
-import hashlib
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.errors import DataError, MachineError
 
+VERSION = 1  # of the layout below
 LISTS = {"items": np.int32, "times": np.int64, "events": np.int32}
 SCHEMA = pa.schema(
     [
@@ -135,6 +136,13 @@ class Histories:
         events = self._gather("events", user_B, at_BxW, inside) if self.dataset.has_events else zeros
         return Windows(items, times, events)
 
+    def seen(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> np.ndarray:
+        """int32[B, size], the items of `windows` alone."""
+        real_B = users_B >= 0
+        ends_B = np.where(real_B, ends_B, 0)
+        at_BxW = np.maximum(ends_B - size, 0)[:, None] + np.arange(size)
+        return self._gather("items", np.where(real_B, users_B, 0), at_BxW, at_BxW < ends_B[:, None])
+
     def item_at(self, users_B: np.ndarray, at_B: np.ndarray) -> np.ndarray:
         """int32[B], item of event number `at` of each user."""
         return self._flat["items"][self._start["items"][users_B] + at_B]
@@ -188,48 +196,49 @@ def _offsets(column: pa.Array) -> np.ndarray:
 
 
 def _build(dataset: Dataset, cache_dir: Path, shards: range) -> Path:
-    folder = cache_dir / dataset.content[:32]
+    folder = cache_dir / f"v{VERSION}-{dataset.content[:32]}"
     path = folder / f"{shards.start:05d}-{shards.stop:05d}-{shards.step:05d}-of-{dataset.shards:05d}.arrow"
     if path.exists():
         return path
-    temporary = folder / f".{path.name}.{os.getpid()}"
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        # A name of its own: processes of other machines, with the same number, may share the folder.
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
+        temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
             with pa.ipc.new_file(file, SCHEMA) as writer:
                 for shard in shards:
-                    writer.write_batch(_shard_batch(dataset, shard))
-            file.flush()
-            os.fsync(file.fileno())
+                    batch = _shard_batch(dataset, shard)
+                    with _writing(folder):
+                        writer.write_batch(batch)
+            with _writing(folder):
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # what stopped the writing may stop this too
-            temporary.unlink(missing_ok=True)
-        raise MachineError(
-            f"{folder}: the cache of the dataset cannot be written ({error}); set --cache_dir"
-        ) from None
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     return path
 
 
-def _shard_batch(dataset: Dataset, shard: int) -> pa.RecordBatch:
-    name = f"interactions/part-{shard:05d}-of-{dataset.shards:05d}.parquet"
-    path = dataset.path / name
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        raw = path.read_bytes()
-        if hashlib.sha256(raw).hexdigest() != dataset.info["files"][name]["sha256"]:
-            raise DataError(
-                f"{path}: its bytes are not those that dataset.json names; copy or prepare it again"
-            )
-        table = pq.read_table(pa.BufferReader(raw)).select(SCHEMA.names).cast(SCHEMA).combine_chunks()
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such file; the dataset folder is incomplete, copy or prepare it again"
+        yield
+    except OSError as error:
+        raise MachineError(
+            f"{folder}: the cache of the dataset cannot be written ({error}); set --cache_dir"
         ) from None
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a readable shard ({error}); copy or prepare it again") from None
+
+
+def _shard_batch(dataset: Dataset, shard: int) -> pa.RecordBatch:
+    try:
+        table = dataset.read_shard(shard).select(SCHEMA.names).cast(SCHEMA).combine_chunks()
+    except (pa.ArrowException, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{dataset.path}: shard {shard} has other columns ({reason}); prepare the dataset again"
+        ) from None
     if table.num_rows == 0:
         return pa.RecordBatch.from_pylist([], schema=SCHEMA)
     return table.to_batches()[0]

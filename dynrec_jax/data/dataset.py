@@ -97,7 +97,7 @@ class Dataset:
         """A shard's rows: user_id, items, times, events; lists are oldest first.
 
         Raises:
-          DataError: The file is damaged.
+          DataError: The file is missing or damaged.
         """
         return self._read(shard_file(shard, self.shards))
 
@@ -115,7 +115,10 @@ class Dataset:
 
     def _read(self, name: str) -> pa.Table:
         try:
-            return pq.read_table(self.path / name, partitioning=None)
+            raw = (self.path / name).read_bytes()
+            if hashlib.sha256(raw).hexdigest() != self.info["files"][name]["sha256"]:
+                raise DataError(f"{self.path / name}: its SHA-256 is not the one in {INFO}; {AGAIN}")
+            return pq.read_table(pa.BufferReader(raw))
         except (OSError, pa.ArrowException) as error:
             cause = str(error).split("\n", 1)[0]
             raise DataError(f"{self.path / name}: not readable as Parquet ({cause}); {AGAIN}") from error

@@ -6,7 +6,7 @@ What only DuckDB has is in this file; the preparation itself is Ibis expressions
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import duckdb
@@ -16,11 +16,15 @@ import pyarrow as pa
 from ibis.backends.duckdb import Backend
 
 STREAM = "incoming"
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def half_of_memory() -> str:
-    """Half of the machine's memory, as DuckDB writes sizes."""
-    return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2**21}MiB"
+    """Half of the memory of the machine, or of the container that it is, as DuckDB writes sizes."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # no control groups, or "max"
+        memory = min(memory, int(CONTAINER_LIMIT.read_text()))
+    return f"{memory // 2**21}MiB"
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def draws(step: int, batch_size: int, shards: int) -> Draws:
     return Draws(number_B, number_B % shards, number_B // shards)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)  # the shards of one process, a few of which are between two permutations
 def _permutation(seed: int, shard: int, epoch: int, users: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, shard, epoch)))).permutation(
         users

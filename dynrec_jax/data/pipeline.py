@@ -89,6 +89,9 @@ class BatchSource:
         self._first = before_U[first]
         self._count = before_U[first + users] - self._first
         self.trained_users = len(self._user)
+        self.filled = float(
+            (self._count > 0).mean()
+        )  # share of the draws that name a history: a shard may be empty
         self.width = config.data.max_length + 1
         self._multiple = math.lcm(multiple * config.train.accumulation, 8)
         self.rows = self._plan()

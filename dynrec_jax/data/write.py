@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,12 +181,20 @@ def write_items(con: Backend, folder: Path, items: ir.Table, columns: list[str])
 def time_span(events: ir.Table) -> dict[str, Any]:
     """first_time and last_time in seconds since 1970, and the quantiles of all times in steps of a thousandth.
 
-    A time split cuts at a quantile, and a process that reads some shards must cut where all the others do.
+    A time split cuts at a quantile, and a process that reads some shards must cut where all the others do. Quantile q
+    is the earliest time with at least the share q of all events at it or before; found from counts, which spill.
     """
-    time = events["time"]
-    steps = [i / QUANTILES for i in range(QUANTILES + 1)]
-    found = events.agg(first_time=time.min(), last_time=time.max(), time_quantiles=time.quantile(steps))
-    span = dict(found.to_pyarrow().to_pylist()[0])
-    if span["first_time"] is None:
-        return {**span, "time_quantiles": None}
-    return {**span, "time_quantiles": [math.floor(value) for value in span["time_quantiles"]]}
+    counts = events.filter(events["time"].notnull()).group_by("time").agg(n=lambda t: t.count())
+    total = counts.agg(total=counts["n"].sum()).to_pyarrow()["total"][0].as_py()
+    if not total:
+        return {"first_time": None, "last_time": None, "time_quantiles": None}
+    running = counts.mutate(upto=counts["n"].cumsum(order_by="time"))
+    before = running.mutate(below=(running["upto"] - running["n"]) * QUANTILES // total)
+    # Times at which a step is passed, at most one for each step, and the first and the last.
+    passed = before.filter(
+        (before["upto"] * QUANTILES // total > before["below"]) | (before["upto"] == before["n"])
+    )
+    found = passed.select("time", "upto").order_by("time").to_pyarrow()
+    times, upto = found["time"].to_pylist(), found["upto"].to_pylist()
+    quantiles = [times[bisect.bisect_left(upto, step * total / QUANTILES)] for step in range(QUANTILES + 1)]
+    return {"first_time": times[0], "last_time": times[-1], "time_quantiles": quantiles}

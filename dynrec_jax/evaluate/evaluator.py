@@ -90,8 +90,9 @@ class Evaluator:
         """Metrics of `popularity` and `recent_popularity`, counted on training events alone."""
         result = {}
         for name, counts in popularity_counts(self._histories, self._splits, self._config).items():
+            # Their ranks: counts above 2^24 would tie in float32.
             scores_R = np.zeros(rows_for(self._items), np.float32)
-            scores_R[: len(counts)] = counts
+            scores_R[: len(counts)] = np.unique(counts, return_inverse=True)[1]
             lists = fixed_lists(self.recommender, scores_R, self._items, self._config.loss.block_items)
             result[name] = self.metrics_of(lists)
         return result
@@ -139,7 +140,7 @@ class Evaluator:
         for start in range(0, len(order), size):
             place = order[start : start + size]
             longest = int(self.ends_U[place].max())
-            seen = self._histories.windows(self.users_U[place], self.ends_U[place], longest).items
+            seen = self._histories.seen(self.users_U[place], self.ends_U[place], longest)
             count += int((seen == self.targets_U[place][:, None]).any(axis=1).sum())
         return count
 
@@ -149,8 +150,8 @@ def popularity_counts(
 ) -> dict[str, np.ndarray]:
     """int64[N + 1] by baseline, counted on training events.
 
-    `recent_popularity` counts the latest share (`evaluation.recent`) of the time that training covers, or, in data
-    without times, of each user's training events.
+    `recent_popularity` counts those from the moment on after which the latest share (`evaluation.recent`) of all
+    events lies, or, in data without times, the latest share of each user's training events.
     """
     share = config.evaluation.recent
     result = {"popularity": histories.item_counts(splits.train_end)}

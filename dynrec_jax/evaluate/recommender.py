@@ -19,7 +19,7 @@ from dynrec_jax.models.item_encoder import ID_TABLE
 from dynrec_jax.parallel.table import lookup
 from dynrec_jax.parallel.topk import top_k
 
-GROUP_USERS = 4096  # users of a group at least, where there are so many: one output file each
+GROUP_USERS = 4096  # users of a group at most: one output file, one unit of restarting
 
 
 class HistorySource(Protocol):
@@ -27,6 +27,10 @@ class HistorySource(Protocol):
 
     def windows(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> Windows:
         """The last `size` events before event number `end` of each user."""
+        ...
+
+    def seen(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> np.ndarray:
+        """The items of `windows` alone."""
         ...
 
 
@@ -47,13 +51,17 @@ class NonFiniteScores(NonFiniteError):
 
 
 def groups(histories: Histories, users: int = GROUP_USERS) -> list[range]:
-    """Users in ranges of whole shards, each of at least `users` but the last."""
+    """Users in ranges of at most `users`: of whole shards, or of parts of one that is larger."""
     result, start, end = [], 0, 0
     for shard in histories.shards:
-        end += int(histories.shard_users[shard])
-        if end - start >= users:
+        count = int(histories.shard_users[shard])
+        if end > start and end + count - start > users:
             result.append(range(start, end))
             start = end
+        end += count
+        while end - start > users:
+            result.append(range(start, start + users))
+            start += users
     if end > start:
         result.append(range(start, end))
     return result
@@ -120,7 +128,7 @@ class Recommender:
             windows = source.windows(users_B, ends_B, min(_width(longest), self._model.max_length))
             seen_BxM = np.zeros((self._batch_size, 1), np.int32)
             if self._filter_seen:
-                seen_BxM = source.windows(users_B, ends_B, _width(longest)).items
+                seen_BxM = source.seen(users_B, ends_B, _width(longest))
             new_ids, new_scores = batch(windows, seen_BxM)
             ids[place_B] = np.asarray(new_ids)[: len(place_B)]
             scores[place_B] = np.asarray(new_scores)[: len(place_B)]

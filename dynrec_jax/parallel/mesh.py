@@ -1,6 +1,7 @@
 """The mesh of devices: named axes, made once at the start of a run."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -28,5 +29,29 @@ def make_mesh(data: int = -1, table: int = 1, tensor: int = 1) -> Mesh:
         raise ConfigError(
             f"config.mesh: {sizes} does not make {devices} devices; choose sizes whose product is {devices}"
         )
+    return _mesh(tuple(sizes.values()), jax.devices())
+
+
+def usable_mesh(rows: int) -> Mesh:
+    """A mesh of as many devices as a table of `rows` divides over; all of them where their number is a power of two."""
+    devices = jax.devices()
+    number = next(n for n in range(len(devices), 0, -1) if rows % n == 0)
+    return _mesh((number, 1, 1), devices[:number])
+
+
+def check_model(mesh: Mesh, rows: int, heads: int) -> None:
+    """Raises ConfigError where a model does not divide over a mesh."""
+    if rows % mesh.size:
+        raise ConfigError(
+            f"config.mesh: item tables of {rows} rows do not divide over {mesh.size} devices; use a power of two"
+        )
+    tensor = mesh.shape["tensor"]
+    if heads % tensor:
+        raise ConfigError(
+            f"config.mesh.tensor: {tensor} does not divide model.heads={heads}; choose one that does"
+        )
+
+
+def _mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
     # Auto: the compiler places what the rules leave open; Explicit axes would refuse table[ids].
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -74,48 +74,69 @@ def _over_mesh(function: Callable[..., Array], blocks: Blocks, *arguments: Array
 
 
 class _Tiles(NamedTuple):
-    """A device's rows, cut into equal blocks `[K, C, D]`, and the global row number of the first one."""
+    """How a device's rows are cut into blocks of C rows, without a copy of the table.
 
-    v_KxCxD: Array
+    The last block starts early enough to be full; rows that it shares with the one before count once, there.
+
+    Attributes:
+      table_RxD: the rows.
+      first: int32 scalar, number of the first row in the whole table.
+      number: how many blocks.
+      size: C.
+    """
+
+    table_RxD: Array
     first: Array
+    number: int
+    size: int
+
+    def start(self, index: Array) -> Array:
+        """First row of a block, counted from the device's own first row."""
+        return jnp.minimum(index * self.size, self.table_RxD.shape[0] - self.size)
+
+    def block(self, index: Array) -> Array:
+        """The rows of a block, [C, D]."""
+        return jax.lax.dynamic_slice_in_dim(self.table_RxD, self.start(index), self.size)
+
+    def add(self, sum_RxD: Array, index: Array, part_CxD: Array) -> Array:
+        """Adds a block's part to a sum in the table's layout."""
+        old_CxD = jax.lax.dynamic_slice_in_dim(sum_RxD, self.start(index), self.size)
+        return jax.lax.dynamic_update_slice_in_dim(sum_RxD, old_CxD + part_CxD, self.start(index), 0)
 
 
 def _tiles(table_RxD: Array, blocks: Blocks, axes: tuple[str, ...]) -> _Tiles:
-    rows = table_RxD.shape[0]
+    held = rows = table_RxD.shape[0]
     if not axes:  # rows filled up behind the last item cost nothing on one device
         rows = min(rows, -(-(blocks.items + 1) // 8) * 8)
     number = -(-rows // blocks.rows)
-    size = -(-rows // (number * 8)) * 8
-    padded = number * size
-    if padded > table_RxD.shape[0]:
-        table_RxD = jnp.pad(table_RxD, ((0, padded - table_RxD.shape[0]), (0, 0)))
-    first = jax.lax.axis_index(axes) * rows if axes else jnp.int32(0)
-    return _Tiles(table_RxD[:padded].reshape(number, size, table_RxD.shape[1]), first)
+    size = min(-(-rows // (number * 8)) * 8, held)
+    first = jax.lax.axis_index(axes) * held if axes else jnp.int32(0)
+    return _Tiles(table_RxD, first, number, size)
 
 
-def _scores(u_QxD: Array, v_CxD: Array, first: Array, limit: Array, blocks: Blocks) -> Array:
-    """Scaled scores [Q, C] in float32; -inf for rows that are no items or lie behind this device's rows."""
+def _scores(u_QxD: Array, tiles: _Tiles, index: Array, blocks: Blocks) -> Array:
+    """Scaled scores [Q, C] of a block in float32; -inf for rows that are no items or belong to the block before."""
+    v_CxD = tiles.block(index)
     s_QxC = jnp.einsum("qd,cd->qc", u_QxD, v_CxD, preferred_element_type=jnp.float32) * blocks.scale
-    row_C = first + jnp.arange(v_CxD.shape[0])
-    real_C = (row_C >= 1) & (row_C <= blocks.items) & (row_C < limit)
+    own_C = tiles.start(index) + jnp.arange(tiles.size)
+    row_C = tiles.first + own_C
+    real_C = (row_C >= 1) & (row_C <= blocks.items) & (own_C >= index * tiles.size)
     return jnp.where(real_C[None, :], s_QxC, -jnp.inf)
 
 
-def _normaliser(u_QxD: Array, tiles: _Tiles, limit: Array, blocks: Blocks, axes: tuple[str, ...]) -> Array:
+def _normaliser(u_QxD: Array, tiles: _Tiles, blocks: Blocks, axes: tuple[str, ...]) -> Array:
     """log Σ exp over all items of all devices, [Q]."""
 
-    def step(carry: tuple[Array, Array], tile: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+    def step(carry: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], None]:
         top_Q, sum_Q = carry
-        s_QxC = _scores(u_QxD, tile[0], tile[1], limit, blocks)
+        s_QxC = _scores(u_QxD, tiles, index, blocks)
         new_Q = jnp.maximum(top_Q, s_QxC.max(axis=1))
         safe_Q = jnp.where(jnp.isfinite(new_Q), new_Q, 0.0)
         sum_Q = sum_Q * jnp.exp(top_Q - safe_Q) + jnp.exp(s_QxC - safe_Q[:, None]).sum(axis=1)
         return (new_Q, sum_Q), None
 
-    number, size = tiles.v_KxCxD.shape[:2]
     start = (jnp.full(u_QxD.shape[:1], -jnp.inf), jnp.zeros(u_QxD.shape[:1]))
-    firsts_K = tiles.first + size * jnp.arange(number)
-    (top_Q, sum_Q), _ = jax.lax.scan(step, start, (tiles.v_KxCxD, firsts_K))
+    (top_Q, sum_Q), _ = jax.lax.scan(step, start, jnp.arange(tiles.number))
     if not axes:
         return top_Q + jnp.log(sum_Q)
     all_Q = jax.lax.pmax(top_Q, axes)
@@ -128,10 +149,6 @@ def _split(x: Array, size: int) -> Array:
     return jnp.pad(x, ((0, short), *((0, 0),) * (x.ndim - 1))).reshape(-1, size, *x.shape[1:])
 
 
-def _limit(table_RxD: Array, tiles: _Tiles) -> Array:
-    return tiles.first + table_RxD.shape[0]
-
-
 # --- log-sum-exp -----------------------------------------------------------------------------------------------
 
 
@@ -140,12 +157,11 @@ def _logsumexp_sum(
     blocks: Blocks, axes: tuple[str, ...], devices: int, u: Array, weight: Array, count: Array, table: Array
 ) -> Array:
     tiles = _tiles(table, blocks, axes)
-    limit = _limit(table, tiles)
     size = min(blocks.positions, u.shape[0])
     u_BxQxD, w_BxQ = _split(u, size), _split(weight, size)
 
     def block(b: Array, total: Array) -> Array:
-        z_Q = _normaliser(u_BxQxD[b], tiles, limit, blocks, axes)
+        z_Q = _normaliser(u_BxQxD[b], tiles, blocks, axes)
         return total + jnp.sum(jnp.where(w_BxQ[b] != 0, w_BxQ[b] * z_Q, 0.0))
 
     return jax.lax.fori_loop(0, -(-count // size), block, jnp.float32(0))
@@ -155,49 +171,42 @@ def _logsumexp_forward(
     blocks: Blocks, axes: tuple[str, ...], devices: int, u: Array, weight: Array, count: Array, table: Array
 ) -> tuple[Array, Any]:
     tiles = _tiles(table, blocks, axes)
-    limit = _limit(table, tiles)
     size = min(blocks.positions, u.shape[0])
     u_BxQxD, w_BxQ = _split(u, size), _split(weight, size)
-    number, rows = tiles.v_KxCxD.shape[:2]
 
     def block(b: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        total, du_BxQxD, dv_KxCxD = carry
+        total, du_BxQxD, dv_RxD = carry
         u_QxD, w_Q = u_BxQxD[b], w_BxQ[b]
-        if number == 1 and not axes:
+        if tiles.number == 1 and not axes:
             # The whole catalogue is one block: its scores serve the sum and the gradient.
-            v_CxD = tiles.v_KxCxD[0]
-            s_QxC = _scores(u_QxD, v_CxD, tiles.first, limit, blocks)
+            only = jnp.int32(0)
+            s_QxC = _scores(u_QxD, tiles, only, blocks)
             top_Q = s_QxC.max(axis=1)
             e_QxC = jnp.exp(s_QxC - top_Q[:, None])
             sum_Q = e_QxC.sum(axis=1)
             z_Q = top_Q + jnp.log(sum_Q)
             p_QxC = (e_QxC * (w_Q / sum_Q)[:, None]).astype(u.dtype)
-            du_QxD, dv_CxD = _products(p_QxC, u_QxD, v_CxD, blocks.scale)
-            dv_KxCxD = dv_KxCxD + dv_CxD[None]
+            du_QxD, dv_CxD = _products(p_QxC, u_QxD, tiles.block(only), blocks.scale)
+            dv_RxD = tiles.add(dv_RxD, only, dv_CxD)
         else:
-            z_Q = _normaliser(u_QxD, tiles, limit, blocks, axes)
+            z_Q = _normaliser(u_QxD, tiles, blocks, axes)
 
-            def step(du_QxD: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-                v_CxD, first, dv_CxD = tile
-                s_QxC = _scores(u_QxD, v_CxD, first, limit, blocks)
+            def step(carry: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], None]:
+                du_QxD, dv_RxD = carry
+                s_QxC = _scores(u_QxD, tiles, index, blocks)
                 p_QxC = (jnp.exp(s_QxC - z_Q[:, None]) * w_Q[:, None]).astype(u.dtype)
-                du, dv = _products(p_QxC, u_QxD, v_CxD, blocks.scale)
-                return du_QxD + du, dv_CxD + dv
+                du, dv = _products(p_QxC, u_QxD, tiles.block(index), blocks.scale)
+                return (du_QxD + du, tiles.add(dv_RxD, index, dv)), None
 
-            firsts_K = tiles.first + rows * jnp.arange(number)
             zero = jnp.zeros(u_QxD.shape, jnp.float32)
-            du_QxD, dv_KxCxD = jax.lax.scan(step, zero, (tiles.v_KxCxD, firsts_K, dv_KxCxD))
+            (du_QxD, dv_RxD), _ = jax.lax.scan(step, (zero, dv_RxD), jnp.arange(tiles.number))
         total = total + jnp.sum(jnp.where(w_Q != 0, w_Q * z_Q, 0.0))
-        return total, du_BxQxD.at[b].set(du_QxD), dv_KxCxD
+        return total, du_BxQxD.at[b].set(du_QxD), dv_RxD
 
-    start = (
-        jnp.float32(0),
-        jnp.zeros(u_BxQxD.shape, jnp.float32),
-        jnp.zeros(tiles.v_KxCxD.shape, jnp.float32),
-    )
-    total, du_BxQxD, dv_KxCxD = jax.lax.fori_loop(0, -(-count // size), block, start)
+    start = (jnp.float32(0), jnp.zeros(u_BxQxD.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32))
+    total, du_BxQxD, dv_RxD = jax.lax.fori_loop(0, -(-count // size), block, start)
     du_PxD = du_BxQxD.reshape(-1, u.shape[1])[: u.shape[0]]
-    return total, (du_PxD, _untile(dv_KxCxD, table), u, table)
+    return total, (du_PxD, dv_RxD, u[:0], table[:0])
 
 
 def _logsumexp_backward(
@@ -218,12 +227,6 @@ def _products(p_QxC: Array, u_QxD: Array, v_CxD: Array, scale: float) -> tuple[A
     return du_QxD, dv_CxD
 
 
-def _untile(dv_KxCxD: Array, table_RxD: Array) -> Array:
-    rows = table_RxD.shape[0]
-    flat = dv_KxCxD.reshape(-1, table_RxD.shape[1])[:rows]
-    return jnp.pad(flat, ((0, rows - flat.shape[0]), (0, 0)))
-
-
 # --- mixture ---------------------------------------------------------------------------------------------------
 
 
@@ -236,18 +239,16 @@ def _mixture_forward(
     blocks: Blocks, axes: tuple[str, ...], devices: int, u: Array, table: Array
 ) -> tuple[Array, Any]:
     tiles = _tiles(table, blocks, axes)
-    limit = _limit(table, tiles)
-    number, rows = tiles.v_KxCxD.shape[:2]
-    firsts_K = tiles.first + rows * jnp.arange(number)
 
     def block(u_QxD: Array) -> tuple[Array, Array]:
-        z_Q = _normaliser(u_QxD, tiles, limit, blocks, axes)
+        z_Q = _normaliser(u_QxD, tiles, blocks, axes)
 
-        def step(r_QxD: Array, tile: tuple[Array, Array]) -> tuple[Array, None]:
-            p_QxC = jnp.exp(_scores(u_QxD, *tile, limit, blocks) - z_Q[:, None]).astype(u.dtype)
-            return r_QxD + jnp.einsum("qc,cd->qd", p_QxC, tile[0], preferred_element_type=jnp.float32), None
+        def step(r_QxD: Array, index: Array) -> tuple[Array, None]:
+            p_QxC = jnp.exp(_scores(u_QxD, tiles, index, blocks) - z_Q[:, None]).astype(u.dtype)
+            part = jnp.einsum("qc,cd->qd", p_QxC, tiles.block(index), preferred_element_type=jnp.float32)
+            return r_QxD + part, None
 
-        r_QxD, _ = jax.lax.scan(step, jnp.zeros(u_QxD.shape, jnp.float32), (tiles.v_KxCxD, firsts_K))
+        r_QxD, _ = jax.lax.scan(step, jnp.zeros(u_QxD.shape, jnp.float32), jnp.arange(tiles.number))
         return z_Q, jax.lax.psum(r_QxD, axes) if axes else r_QxD
 
     size = min(blocks.positions, u.shape[0])
@@ -261,37 +262,34 @@ def _mixture_backward(
 ) -> tuple[Array, Array]:
     u, table, z_BxQ, r_PxD = saved
     tiles = _tiles(table, blocks, axes)
-    limit = _limit(table, tiles)
-    number, rows = tiles.v_KxCxD.shape[:2]
-    firsts_K = tiles.first + rows * jnp.arange(number)
     size = min(blocks.positions, u.shape[0])
     if axes:
         g_PxD = jax.lax.psum(g_PxD, axes)
 
-    def block(dv_KxCxD: Array, part: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+    def block(dv_RxD: Array, part: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
         u_QxD, z_Q, r_QxD, g_QxD = part
         inner_Q = jnp.sum(g_QxD * r_QxD, axis=-1)
 
-        def step(du_QxD: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-            v_CxD, first, dv_CxD = tile
-            p_QxC = jnp.exp(_scores(u_QxD, v_CxD, first, limit, blocks) - z_Q[:, None])
+        def step(carry: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], None]:
+            du_QxD, dv_RxD = carry
+            v_CxD = tiles.block(index)
+            p_QxC = jnp.exp(_scores(u_QxD, tiles, index, blocks) - z_Q[:, None])
             along_QxC = jnp.einsum("qd,cd->qc", g_QxD, v_CxD, preferred_element_type=jnp.float32)
             ds_QxC = (p_QxC * (along_QxC - inner_Q[:, None])).astype(u.dtype)
             du, dv = _products(ds_QxC, u_QxD, v_CxD, blocks.scale)
             dv = dv + jnp.einsum(
                 "qc,qd->cd", p_QxC.astype(u.dtype), g_QxD, preferred_element_type=jnp.float32
             )
-            return du_QxD + du, dv_CxD + dv
+            return (du_QxD + du, tiles.add(dv_RxD, index, dv)), None
 
-        du_QxD, dv_KxCxD = jax.lax.scan(
-            step, jnp.zeros(u_QxD.shape, jnp.float32), (tiles.v_KxCxD, firsts_K, dv_KxCxD)
-        )
-        return dv_KxCxD, du_QxD
+        zero = jnp.zeros(u_QxD.shape, jnp.float32)
+        (du_QxD, dv_RxD), _ = jax.lax.scan(step, (zero, dv_RxD), jnp.arange(tiles.number))
+        return dv_RxD, du_QxD
 
     parts = (_split(u, size), z_BxQ, _split(r_PxD, size), _split(g_PxD.astype(u.dtype), size))
-    dv_KxCxD, du_BxQxD = jax.lax.scan(block, jnp.zeros(tiles.v_KxCxD.shape, jnp.float32), parts)
+    dv_RxD, du_BxQxD = jax.lax.scan(block, jnp.zeros(table.shape, jnp.float32), parts)
     du_PxD = du_BxQxD.reshape(-1, u.shape[1])[: u.shape[0]]
-    return du_PxD.astype(u.dtype), _untile(dv_KxCxD, table).astype(table.dtype)
+    return du_PxD.astype(u.dtype), dv_RxD.astype(table.dtype)
 
 
 _mixture.defvjp(_mixture_forward, _mixture_backward)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-ROWS_MULTIPLE = 256  # tables divide over up to so many devices
+ROWS_MULTIPLE = 256  # tables divide over any power of two of devices up to so many
 
 
 def rows_for(items: int) -> int:

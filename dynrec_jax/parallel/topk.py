@@ -65,15 +65,17 @@ def _local(
     batch, total = u_BxD.shape[0], table_RxD.shape[0]
     number = -(-total // rows)
     size = -(-total // number)
-    v_KxCxD = jnp.pad(table_RxD, ((0, number * size - total), (0, 0))).reshape(number, size, -1)
-    firsts_K = first + size * jnp.arange(number)
     each_B = jnp.arange(batch)[:, None]
 
-    def block(carry: tuple[Array, Array], tile: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-        v_CxD, start = tile
+    def block(carry: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], None]:
+        # The last block starts early enough to be full, so that the table is never copied; what it shares with the
+        # block before is left out here.
+        own = jnp.minimum(index * size, total - size)
+        v_CxD = jax.lax.dynamic_slice_in_dim(table_RxD, own, size)
         s_BxC = jnp.einsum("bd,cd->bc", u_BxD, v_CxD, preferred_element_type=jnp.float32) * scale
+        start = first + own
         row_C = start + jnp.arange(size)
-        real_C = (row_C >= 1) & (row_C <= items) & (row_C < first + total)
+        real_C = (row_C >= 1) & (row_C <= items) & (row_C >= first + index * size)
         s_BxC = jnp.where(real_C[None, :], s_BxC, -jnp.inf)
         # Negative places would count from the end: send what lies before this block behind it.
         place_BxM = jnp.where(seen_BxM >= start, seen_BxM - start, size)
@@ -81,13 +83,16 @@ def _local(
         ids_BxC = jnp.broadcast_to(row_C[None, :], s_BxC.shape)
         if number == 1 and size >= k:
             return _best(ids_BxC, s_BxC, k), None
-        joined = jnp.concatenate([carry[0], ids_BxC], axis=1), jnp.concatenate([carry[1], s_BxC], axis=1)
+        joined = (
+            jnp.concatenate([carry[0], ids_BxC], axis=1),
+            jnp.concatenate([carry[1], s_BxC], axis=1),
+        )
         return _best(*joined, k), None
 
     empty = (jnp.zeros((batch, k), jnp.int32), jnp.full((batch, k), -jnp.inf, jnp.float32))
     if number == 1:
-        return block(empty, (v_KxCxD[0], firsts_K[0]))[0]
-    return jax.lax.scan(block, empty, (v_KxCxD, firsts_K))[0]
+        return block(empty, jnp.int32(0))[0]
+    return jax.lax.scan(block, empty, jnp.arange(number))[0]
 
 
 def _best(ids: Array, scores: Array, k: int) -> tuple[Array, Array]:

@@ -4,8 +4,10 @@ At every event of a history, ABRA's attention over the catalogue is summed by a 
 what the model would recommend at that moment. On the synthetic source the planted interests stand beside it.
 """
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from dynrec_jax.report.interests import draw_interests
 from dynrec_jax.workdir import Run
 
 COLUMNS = ("topic", "genres", "genre", "category", "class")
-SEPARATORS = {"class": " "}  # of several values in one cell; GroupLens and most others write a bar
+SEPARATORS = {"class": " "}  # between the values of a cell, where it is not a comma or a bar
 
 
 def main(arguments: list[str]) -> int:
@@ -89,8 +91,8 @@ def _topics(run: Run, column: str | None) -> tuple[list[str], np.ndarray]:
         raise DataError(
             f"{run.dataset.path}: items have the columns {', '.join(table.column_names)}; name one with --column"
         )
-    separator = SEPARATORS.get(name, "|")
-    first = [str(value or "unknown").split(separator)[0] for value in table.column(name).to_pylist()]
+    separator = SEPARATORS.get(name, r"\||, ")
+    first = [re.split(separator, str(value or "unknown"))[0] for value in table.column(name).to_pylist()]
     names = sorted(set(first))
     place = {topic: i for i, topic in enumerate(names)}
     return names, np.array([place[topic] for topic in first])
@@ -109,13 +111,17 @@ def _choose(run: Run, histories: Histories, user: str | None) -> int:
 def _inferred(run: Run, items_1xL: np.ndarray) -> np.ndarray:
     """[L, N], ABRA's attention over the catalogue after every event of one history."""
     model = run.model
-    with jax.set_mesh(run.mesh):
-        rows = lookup(run.tables[ID_TABLE], jnp.asarray(items_1xL))
-        u_LxD = model.user_vectors(run.params, rows, moments(jnp.asarray(items_1xL)))[0]
-        v_RxD = model.catalogue(run.params, run.tables)
+
+    @jax.jit
+    def attention(params: Any, tables: Any, items_1xL: jax.Array) -> jax.Array:
+        u_LxD = model.user_vectors(params, lookup(tables[ID_TABLE], items_1xL), moments(items_1xL))[0]
+        v_RxD = model.catalogue(params, tables)
         q_LxD = model.abra.query(u_LxD, v_RxD)
         s_LxN = q_LxD @ v_RxD[1 : run.dataset.items + 1].T * model.abra.scale
-        return np.asarray(jax.nn.softmax(s_LxN, axis=-1), np.float64)
+        return jax.nn.softmax(s_LxN, axis=-1)
+
+    with jax.set_mesh(run.mesh):
+        return np.asarray(attention(run.params, run.tables, jnp.asarray(items_1xL)), np.float64)
 
 
 def _planted(run: Run, user: str, times: np.ndarray, names: list[str]) -> np.ndarray | None:

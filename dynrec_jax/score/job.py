@@ -15,6 +15,7 @@ from dynrec_jax.data.pipeline import make_splits
 from dynrec_jax.errors import ConfigError, DataError
 from dynrec_jax.evaluate.evaluator import asked
 from dynrec_jax.evaluate.recommender import GROUP_USERS, HistorySource, Recommender, groups
+from dynrec_jax.parallel.digest import tree_digest
 from dynrec_jax.score.parts import Parts
 from dynrec_jax.score.users import has_histories, new_histories, read_table
 from dynrec_jax.train.progress import Progress
@@ -158,6 +159,7 @@ def _manifest(run: Run, options: ScoreOptions) -> dict[str, Any]:
         "config": hashlib.sha256(configs.to_json(run.config).encode()).hexdigest(),
         "workdir": run.path.absolute().name,
         "step": run.step,
+        "weights": tree_digest((run.params, run.tables)),
         "k": options.k,
         "filter_seen": options.filter_seen,
         "split": options.split,

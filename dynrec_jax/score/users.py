@@ -40,6 +40,10 @@ class NewHistories:
         """int64[U], events of each history."""
         return np.diff(self.starts)
 
+    def seen(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> np.ndarray:
+        """int32[B, size], the items of `windows` alone."""
+        return self.windows(users_B, ends_B, size).items
+
     def windows(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> Windows:
         """The last `size` events before event number `end`; a user of -1 gives an empty row."""
         real_B = users_B >= 0

@@ -51,6 +51,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(keep_last), best]),
         )
+        _hush_late_work()
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._manager = ocp.CheckpointManager(
@@ -136,6 +137,7 @@ def open_model(folder: Path, abstract: dict[str, Any], step: str | int) -> tuple
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected the checkpoints of a run made by `dynrec train`")
+    _hush_late_work()
     options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_rank, best_mode="max")
     manager = ocp.CheckpointManager(
         folder.absolute(), options=options, item_names=("model", "optimizer", "progress")
@@ -179,10 +181,8 @@ def _damage(checkpoint: Path) -> Iterator[None]:
 
     They raise ValueError, KeyError, FileNotFoundError and plain Exception alike, with pages of settings.
     """
-    before, sys.unraisablehook = sys.unraisablehook, _without_late_reads(sys.unraisablehook)
     try:
         yield
-        sys.unraisablehook = before
     except (jax.errors.JaxRuntimeError, MemoryError, PermissionError):
         raise
     except Exception as error:
@@ -196,11 +196,21 @@ def _damage(checkpoint: Path) -> Iterator[None]:
         ) from None
 
 
-def _without_late_reads(before: Hook) -> Hook:
-    """Leaves out what the reads still under way say once one has failed and Orbax has closed their event loop."""
+def _hush_late_work() -> None:
+    """Silences what reads and writes still under way say once one has failed and Orbax has closed their event loop.
 
-    def hook(unraisable: Any) -> None:
+    TensorStore's threads say it, a traceback each, whenever they come to it: so the filter stays.
+    """
+    if not isinstance(sys.unraisablehook, _Filter):
+        sys.unraisablehook = _Filter(sys.unraisablehook)
+
+
+class _Filter:
+    """A hook for exceptions that nobody can catch, which passes over those of closed event loops."""
+
+    def __init__(self, before: Hook):
+        self._before = before
+
+    def __call__(self, unraisable: Any) -> None:
         if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
-            before(unraisable)
-
-    return hook
+            self._before(unraisable)

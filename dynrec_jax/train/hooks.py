@@ -67,6 +67,13 @@ class LogHook:
         self._before = None if last else (step, metrics)
         return None
 
+    def settle(self) -> None:
+        """Writes what is known of the step just done, to the disk: it will be part of a checkpoint."""
+        if self._before is not None:
+            self._report(*self._before, last=False)
+            self._before = None
+        self._writer.sync()
+
     def _report(self, step: int, metrics: Metrics, last: bool) -> None:
         values = check_finite(step, metrics)
         if step % self._every and not last:
@@ -104,6 +111,7 @@ class EvaluateHook:
         due = last or (self._every and step % self._every == 0)
         if self._evaluator is None or not due or self.standing.get("evaluated") == step:
             return None
+        check_finite(step, metrics)
         measured = self._evaluator.metrics(state.params, state.tables)
         self.value = measured[self._metric]
         self.standing["evaluated"] = step
@@ -133,12 +141,12 @@ class CheckpointHook:
         config: ml_collections.ConfigDict,
         checkpoints: Checkpoints,
         evaluation: EvaluateHook,
-        progress: Progress,
+        log: LogHook,
     ):
         self._every = config.train.checkpoint_every
         self._checkpoints = checkpoints
         self._evaluation = evaluation
-        self._progress = progress
+        self._log = log
 
     def __call__(self, step: int, state: TrainState, metrics: Metrics, last: bool) -> str | None:
         """Saves state, progress and the metric in one commit."""
@@ -146,5 +154,6 @@ class CheckpointHook:
         best = self._evaluation.value is not None and standing.get("best_step") == step
         if last or best or step % self._every == 0:
             check_finite(step, metrics)
+            self._log.settle()
             self._checkpoints.save(state, step, {"step": step, "standing": standing}, self._evaluation.value)
         return None

@@ -56,21 +56,18 @@ def train(
             start, standing = progress["step"], progress["standing"]
         writer = MetricsWriter(folder, start, config.logging.tensorboard)
         opened.enter_context(contextlib.closing(writer))
-        cumulative = popularity_shares(config, histories, splits)
+        running = running_counts(config, histories, splits)
         progress_bar = opened.enter_context(Progress("training", config.train.steps, start))
         _announce(progress_bar, config, histories, source, state, start)
         evaluator = _evaluator(config, histories, splits, model, mesh)
         evaluation = EvaluateHook(config, evaluator, writer, standing, progress_bar)
-        hooks: list[Hook] = [
-            LogHook(config, writer, progress_bar, start),
-            evaluation,
-            CheckpointHook(config, checkpoints, evaluation, progress_bar),
-        ]
+        log = LogHook(config, writer, progress_bar, start)
+        hooks: list[Hook] = [log, evaluation, CheckpointHook(config, checkpoints, evaluation, log)]
         step = start
         if start < config.train.steps and not standing.get("stopped"):
             stream = _on_mesh(batches(source, start, config.data.prefetch), mesh)
             left = range(start, config.train.steps)
-            step = run(state, step_fn, stream, cumulative, hooks, left, progress_bar)
+            step = run(state, step_fn, stream, running, hooks, left, progress_bar)
         checkpoints.wait()
     return {"step": step, **standing}
 
@@ -100,14 +97,14 @@ def run(
     state: TrainState,
     step_fn: StepFunction,
     stream: Iterator[Batch],
-    cumulative: Any,
+    running: Any,
     hooks: Sequence[Hook],
     steps: range,
     progress: Progress,
 ) -> int:
     """Runs the steps and, after each, the hooks; returns how many steps the run has done."""
     for number in steps:
-        state, metrics = step_fn(state, next(stream), cumulative)
+        state, metrics = step_fn(state, next(stream), running)
         done = number + 1
         last = done == steps.stop
         reasons = [hook(done, state, metrics, last) for hook in hooks]
@@ -120,16 +117,17 @@ def run(
     return steps.stop
 
 
-def popularity_shares(config: ml_collections.ConfigDict, histories: Histories, splits: Splits) -> Any:
-    """float32[R] running shares of training counts for the popularity sampler; None where it is not used."""
+def running_counts(config: ml_collections.ConfigDict, histories: Histories, splits: Splits) -> Any:
+    """int32[R] running training counts for the popularity sampler; None where it is not used."""
     if config.loss.kind != "sampled" or config.loss.sampler != "popularity":
         return None
-    # One more of each, so that every item can be drawn.
-    counts = histories.item_counts(splits.train_end) + 1.0
-    counts[0] = 0.0
-    share_R = np.ones(rows_for(histories.dataset.items))
-    share_R[: len(counts)] = np.cumsum(counts) / counts.sum()
-    return jnp.asarray(share_R, jnp.float32)
+    counts = histories.item_counts(splits.train_end)
+    # Whole numbers below 2^31, so that each item has its exact place; at least one, so that it can be drawn.
+    counts = np.maximum(counts // (counts.sum() // 2**30 + 1), 1)
+    counts[0] = 0
+    running_R = np.full(rows_for(histories.dataset.items), counts.sum())
+    running_R[: len(counts)] = np.cumsum(counts)
+    return jnp.asarray(running_R, jnp.int32)
 
 
 def _on_mesh(stream: Iterator[Batch], mesh: Mesh) -> Iterator[Batch]:
@@ -156,7 +154,7 @@ def _announce(
 ) -> None:
     dense = sum(x.size for x in jax.tree.leaves(state.params))
     rows = sum(x.size for x in jax.tree.leaves(state.tables))
-    epochs = config.train.steps * config.train.batch_size / source.trained_users
+    epochs = config.train.steps * config.train.batch_size * source.filled / source.trained_users
     progress.say(
         f"{source.trained_users:,} histories train, {histories.dataset.items:,} items; "
         f"{dense:,} dense weights, {rows:,} in tables; {config.train.steps:,} steps = {epochs:.1f} epochs; "

@@ -27,7 +27,7 @@ class MetricsWriter:
                     "config.logging.tensorboard: tensorboardX is not installed; "
                     "pip install 'dynrec-jax[tensorboard]'"
                 ) from None
-            board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+            board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         path = folder / "metrics.jsonl"
         _rewind(path, start)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
@@ -41,6 +41,10 @@ class MetricsWriter:
             for name, value in values.items():
                 if math.isfinite(value):
                     self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Returns when what was written is on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the files."""

@@ -62,7 +62,7 @@ class Gradients(NamedTuple):
 def train_step(
     state: TrainState,
     batch: Batch,
-    cumulative_R: Array | None,
+    running_R: Array | None,
     *,
     model: Bstm,
     tx: optax.GradientTransformation,
@@ -75,7 +75,7 @@ def train_step(
     Args:
       state: donated by the caller's jit.
       batch: int32[B, L + 1] each.
-      cumulative_R: running shares of the popularity sampler, or None.
+      running_R: running counts of the popularity sampler, or None.
       model: pure functions of the model; this and what follows is fixed at compilation.
       tx: Optax's optimizer.
       row_tx: the optimizer of touched rows, used by a sampled loss.
@@ -89,7 +89,7 @@ def train_step(
     function = _row_gradients if model.sampled else _dense_gradients
 
     def part(number: Array, batch: Batch) -> Gradients:
-        return function(model, state, batch, cumulative_R, jax.random.fold_in(key, number), settings)
+        return function(model, state, batch, running_R, jax.random.fold_in(key, number), settings)
 
     sums = _accumulate(part, batch, settings.accumulation)
     weight = jnp.maximum(sums.weight, 1.0)
@@ -149,7 +149,7 @@ def _dense_gradients(
     model: Bstm,
     state: TrainState,
     batch: Batch,
-    cumulative_R: Array | None,
+    running_R: Array | None,
     key: Array,
     settings: StepSettings,
 ) -> Gradients:
@@ -169,14 +169,14 @@ def _row_gradients(
     model: Bstm,
     state: TrainState,
     batch: Batch,
-    cumulative_R: Array | None,
+    running_R: Array | None,
     key: Array,
     settings: StepSettings,
 ) -> Gradients:
     table = state.tables[ID_TABLE]
     negatives_key, dropout_key = jax.random.split(key)
     drawn = losses.draw_negatives(
-        negatives_key, settings.negatives, model.abra.items, cumulative_R, settings.logq
+        negatives_key, settings.negatives, model.abra.items, running_R, settings.logq
     )
     looked_up = Rows(items=lookup(table, batch.items), negatives=lookup(table, drawn.ids))
 

@@ -29,8 +29,9 @@ def run(values: flags.FlagValues) -> None:
     if not values.workdir:
         raise ConfigError("--workdir is missing; expected a run folder made by `dynrec train`")
     step = parse_step(values.step)
-    result = evaluate(Path(values.workdir), values.split, step, values.dataset, values.cache_dir)
-    show(result)
+    result = measure(Path(values.workdir), values.split, step, values.dataset, values.cache_dir)
+    show(result)  # first: numbers that took long must not be lost with a folder that cannot be written
+    write(Path(values.workdir), result)
     print(f"written to {values.workdir}/evaluation/{values.split}.json")
 
 
@@ -38,19 +39,19 @@ def parse_step(text: str) -> str | int:
     """Which checkpoint: "best", "last" or a number; ConfigError for anything else."""
     if text in ("best", "last"):
         return text
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise ConfigError(f"--step={text}: expected best, last or a step's number")
     return int(text)
 
 
-def evaluate(
+def measure(
     workdir: Path,
     which: str,
     step: str | int = "best",
     dataset: str | None = None,
     cache_dir: str | None = None,
 ) -> dict[str, Any]:
-    """Metrics, baselines and protocol as they are written to `evaluation/<which>.json`."""
+    """Metrics, baselines and protocol, as `write` writes them."""
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.data.cache import Histories
     from dynrec_jax.data.pipeline import make_splits
@@ -74,12 +75,19 @@ def evaluate(
     if spec is not None:
         result["oracle"] = evaluator.metrics_of(oracle_lists(spec, opened.dataset, evaluator.recommender.k))
     result["dataset"] = opened.dataset.content
-    try:
-        (workdir / "evaluation").mkdir(exist_ok=True)
-        workdirs.write_whole(workdir / "evaluation" / f"{which}.json", json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise MachineError(f"{workdir}/evaluation: cannot be written ({error})") from None
     return result
+
+
+def write(workdir: Path, result: dict[str, Any]) -> None:
+    """Writes `evaluation/<split>.json`; raises MachineError where it cannot."""
+    from dynrec_jax.workdir import write_whole
+
+    path = workdir / "evaluation" / f"{result['split']}.json"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be written ({error})") from None
 
 
 def show(result: dict[str, Any]) -> None:

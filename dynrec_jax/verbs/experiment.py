@@ -64,9 +64,10 @@ def read_config(values: flags.FlagValues) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: no file is named, it fails or returns no config, or a key or value is not what it must be.
     """
-    if not values[FLAG].value:
+    file = values[FLAG].value
+    if not file:
         raise ConfigError(f"--{FLAG} is missing; {EXPECTED}")
-    config = checked(load(values[FLAG].value), values[FLAG].value)
+    config = checked(load(file), file)
     changes = {
         name.removeprefix(PREFIX): values[name].value
         for name in values

@@ -18,7 +18,9 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "out", None, "folder of the Parquet parts; an interrupted job goes on", flag_values=values
     )
-    flags.DEFINE_integer("k", 100, "length of the lists", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "k", None, "length of the lists [100, or the whole catalogue]", lower_bound=1, flag_values=values
+    )
     flags.DEFINE_string("users", None, "CSV or Parquet of user ids, or of new histories", flag_values=values)
     flags.DEFINE_boolean("filter_seen", False, "leave out items of the history", flag_values=values)
     flags.DEFINE_enum(
@@ -36,16 +38,18 @@ def run(values: flags.FlagValues) -> None:
         if not values[name].value:
             raise ConfigError(f"--{name} is missing; expected {what}")
     from dynrec_jax import workdir as workdirs
+    from dynrec_jax.evaluate.evaluator import LIST_LENGTH
     from dynrec_jax.score.job import ScoreOptions, score
 
+    step = parse_step(values.step)
+    opened = workdirs.open(values.workdir, step, values.dataset)
     options = ScoreOptions(
-        k=values.k,
+        k=min(LIST_LENGTH, opened.dataset.items) if values.k is None else values.k,
         filter_seen=values.filter_seen,
         split=values.split,
         users=Path(values.users) if values.users else None,
         cache_dir=values.cache_dir or "",
     )
-    opened = workdirs.open(values.workdir, parse_step(values.step), values.dataset)
     done = score(opened, Path(values.out), options)
     told = f" ({done['skipped']} were there already)" if done["skipped"] else ""
     print(f"{done['users']:,} users, {done['parts']} parts in {values.out}{told}")

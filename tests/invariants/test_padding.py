@@ -18,13 +18,14 @@ def test_id_0_is_never_recommended_even_where_its_row_would_win():
     # Padding and the rows behind the last item get the user's own direction, many times as long as any item.
     u_BxD = model.last_vector(params, tables["item_id"][history], jnp.asarray(history))
     table = tables["item_id"].at[0].set(1e3 * u_BxD[0]).at[ITEMS + 1 :].set(1e3 * u_BxD[0])
-    answer = model.abra.recommend(u_BxD, table, jnp.asarray([[3, 5, 0], [0, 0, 0]]), ITEMS)
+    answer = model.abra.recommend(u_BxD, table, jnp.asarray([[3, 5, 3], [1, 2, 4]]), ITEMS)
     ids = np.asarray(answer.ids)
     assert set(ids[0, :9]) == set(range(1, ITEMS + 1)) - {3, 5}
-    assert set(ids[1]) == set(range(1, ITEMS + 1))
-    # What is left of the first list is filled with "none", which no score can be taken for.
-    assert (ids[0, 9:] == 0).all()
-    assert np.isneginf(np.asarray(answer.scores)[0, 9:]).all()
+    assert set(ids[1, :8]) == set(range(1, ITEMS + 1)) - {1, 2, 4}
+    # What is left of a list is filled with "none", which no score can be taken for.
+    for row, left in ((0, 9), (1, 8)):
+        assert (ids[row, left:] == 0).all()
+        assert np.isneginf(np.asarray(answer.scores)[row, left:]).all()
 
 
 @pytest.mark.parametrize("kind", ["full", "sampled"])

@@ -18,7 +18,7 @@ from .. import tiny
 ITEMS = 20
 WINDOWS = {1: [3, 8, 8, 1, 20], 2: [5, 2], 3: [7], 4: [11, 12, 13, 3]}  # window 3 has no target
 PAIRS = sum(len(window) - 1 for window in WINDOWS.values())
-W = [(number, window) for number, window in WINDOWS.items()]
+W = list(WINDOWS.items())
 PACKED = tiny.batch([[W[3], W[0]], [W[2], W[1]], [], []], 9)
 ALONE = tiny.batch([[window] for window in W], 9)
 NEGATIVES = Negatives(jnp.array([3, 9, 20, 9], jnp.int32), jnp.array([0.1, -0.4, 0.3, -0.4]))
@@ -95,11 +95,10 @@ def test_the_loss_is_a_sum_over_windows():
 
 
 def test_weight_0_is_no_traversal():
-    """The direction vector of a traversal that is left out gets no gradient; of one that is not, it does."""
+    """The direction vector of a traversal that is left out gets no gradient; the other one does."""
     for weights, rows in (
         ((1.0, 0.0), [True, False]),
         ((0.0, 1.0), [False, True]),
-        ((1.0, 0.5), [True, True]),
     ):
         model, params, tables = tiny.bstm(
             ITEMS, model__forward_weight=weights[0], model__backward_weight=weights[1]

@@ -7,7 +7,7 @@ import pytest
 
 from ..commands import Made, dynrec, make
 
-ITEMS = ["007", "7", "NA", "null", *(f"i{number:02d}" for number in range(20))]
+ITEMS = ["007", "7", "NA", "null", *(f"i{number:02d}" for number in range(12))]
 USERS = ["001", "1", "42", "NA", "null", *(f"u{number:02d}" for number in range(25))]
 
 
@@ -20,7 +20,7 @@ def log() -> dict[str, list[str]]:
     histories = {}
     for user in USERS:
         history: list[str] = []
-        for _ in range({"u00": 1, "u01": 2}.get(user, rng.randrange(3, 25))):
+        for _ in range({"u00": 1, "u01": 2}.get(user, rng.randrange(3, 16))):
             history.append(rng.choice(history) if history and rng.random() < 0.3 else rng.choice(ITEMS))
         histories[user] = history
     histories["42"] = sorted(ITEMS)[:-3]

@@ -160,7 +160,7 @@ def test_with_tied_scores(distinct, shop, histories, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_on_movielens_100k(shared_data, tmp_path):
     source = shared_data / "ml-100k"
-    sizes = {"data__max_length": 50, "model__dim": 16, "evaluation__ks": (1, 5, 10, 20, 50, 100)}
+    sizes = {"data__max_length": 50, "model__dim": 16}
     made = make(
         tmp_path, f"atomic:{source}", shards=8, train__steps=30, train__batch_size=64,
         train__checkpoint_every=30, train__evaluate_every=30, evaluation__batch_size=128, **sizes,

@@ -1,0 +1,95 @@
+"""A disk that fills up, or may not be written: exit status 1, one line, nothing that looks whole."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dynrec_jax.score import job
+from dynrec_jax.train.checkpoint import Checkpoints
+
+from .commands import Made, a_shard_each, digest, dynrec, one_line, small_run
+
+PAGE = os.sysconf("SC_PAGESIZE")  # what a small file takes of a tmpfs
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Made:
+    return small_run(tmp_path_factory)
+
+
+@contextmanager
+def small_disk(at: Path, size: str, read_only: bool = False) -> Iterator[Path]:
+    """A file system of its own on `at`."""
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount command, so no small file system")
+    at.mkdir()
+    options = f"size={size}{',ro' if read_only else ''}"
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(at)], capture_output=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {made.stderr.decode().strip()}")
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
+
+
+class TestFullDisk:
+    """Mounting needs root: without it these are left out, and say so."""
+
+    def test_prepare(self, tmp_path, capsys):
+        with small_disk(tmp_path / "disk", "200k") as disk:
+            before = digest(disk)
+            source = "synthetic:users=3000,items=200,seed=0"
+            assert dynrec("prepare", source=source, out=disk / "dataset") == 1
+            assert "full" in one_line(capsys)
+            assert digest(disk) == before
+
+    def test_score_goes_on_once_there_is_space(self, made, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(job, "groups", a_shard_each)
+        assert dynrec("score", workdir=made.workdir, out=tmp_path / "whole", k=32) == 0
+        whole = digest(tmp_path / "whole")
+        first = [path.stat().st_size for path in sorted((tmp_path / "whole").iterdir())][:2]
+        room = sum(-(-size // PAGE) * PAGE for size in first) + PAGE
+        with small_disk(tmp_path / "disk", f"{40 * PAGE}") as disk:
+            (disk / "ballast").write_bytes(bytes(40 * PAGE - room))
+            capsys.readouterr()
+            assert dynrec("score", workdir=made.workdir, out=disk / "out", k=32) == 1
+            err = capsys.readouterr().err
+            failed = err.splitlines()[-1]
+            assert failed.startswith("dynrec: ")
+            assert "No space left" in failed
+            assert "Traceback" not in err
+            kept = digest(disk / "out")
+            assert 0 < len(kept) < len(whole)
+            assert kept.items() <= whole.items()  # what is there is whole
+            (disk / "ballast").unlink()
+            assert dynrec("score", workdir=made.workdir, out=disk / "out", k=32) == 0
+            assert digest(disk / "out") == whole
+
+    def test_read_only_places(self, made, tmp_path, capsys):
+        with small_disk(tmp_path / "disk", "1m", read_only=True) as disk:
+            commands = {
+                "prepare": {"source": "synthetic:users=9,items=20,seed=0", "out": disk / "dataset"},
+                "train": {"config": made.experiment, "workdir": disk / "run"},
+                "score": {"workdir": made.workdir, "out": disk / "out", "k": 5},
+            }
+            for verb, values in commands.items():
+                assert dynrec(verb, **values) == 1
+                assert str(disk) in one_line(capsys)
+
+    def test_train(self, made, tmp_path, capsys):
+        with small_disk(tmp_path / "disk", "60k") as disk:
+            assert dynrec("train", config=made.experiment, workdir=disk / "run") == 1
+            err = capsys.readouterr().err
+            assert "Traceback" not in err
+            assert err.splitlines()[-1].startswith("dynrec: ")
+            checkpoints = Checkpoints(disk / "run" / "checkpoints")
+            assert checkpoints.latest() is None
+            checkpoints.close()

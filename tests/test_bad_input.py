@@ -1,5 +1,6 @@
 """Bad input through the command line: one line, exit status 2, nothing half-written, nothing touched."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -11,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dynrec_jax.errors import DataError
 from dynrec_jax.score import job
+from dynrec_jax.train import checkpoint
 
 from .commands import STEPS, Made, digest, dynrec, experiment, one_line, small_run
 
@@ -324,6 +327,21 @@ def test_resuming_from_a_damaged_checkpoint_names_it(made, at, capsys):
         damage(file, "truncated")
     assert dynrec("train", config=made.experiment, workdir="run") == 2
     assert f"checkpoints/{STEPS}: " in one_line(capsys)
+
+
+def test_reads_that_a_damaged_checkpoint_never_started_are_forgotten_in_silence(at):
+    """Python warns of each when it is collected, which would be after the one line."""
+
+    def read() -> None:
+        async def shard() -> None: ...
+
+        pending = [shard(), shard()]
+        raise ValueError(f"damaged, {len(pending)} to go")
+
+    with pytest.raises(DataError, match="damaged, 2 to go") as caught, checkpoint._damage(at):
+        read()
+    del caught
+    gc.collect()  # warnings are errors here
 
 
 def test_a_broken_workdir_gets_one_line_from_a_process_of_its_own(made, at):

@@ -6,9 +6,13 @@ far). It is visible only when it is whole.
 """
 
 import copy
+import gc
+import inspect
 import logging
 import re
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,11 +193,23 @@ def _damage(checkpoint: Path) -> Iterator[None]:
         first: BaseException = error
         while first.__cause__ is not None:
             first = first.__cause__
+        _drop_pending(error)
         reason = re.split(r" \[(?:tensorstore_spec|source locations)", " ".join(str(first).split()))[0]
         raise DataError(
             f"{checkpoint}: does not fit the run's config or is damaged: {reason or type(first).__name__}; "
             "copy it again, or remove this folder to use an earlier checkpoint"
         ) from None
+
+
+def _drop_pending(error: BaseException) -> None:
+    """Frees the coroutines that a failed read never started, here and in silence, not at exit and with warnings."""
+    link: BaseException | None = error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        gc.collect()
 
 
 def _hush_late_work() -> None:
@@ -206,11 +222,14 @@ def _hush_late_work() -> None:
 
 
 class _Filter:
-    """A hook for exceptions that nobody can catch, which passes over those of closed event loops."""
+    """A hook for exceptions that nobody can catch; passes over those of closed event loops and dropped coroutines."""
 
     def __init__(self, before: Hook):
         self._before = before
 
     def __call__(self, unraisable: Any) -> None:
-        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        error = unraisable.exc_value
+        closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        dropped = error is not None and isinstance(error.__cause__, GeneratorExit)
+        if not (closed or dropped):
             self._before(unraisable)

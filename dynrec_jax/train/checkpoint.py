@@ -7,7 +7,6 @@ far). It is visible only when it is whole.
 
 import copy
 import gc
-import inspect
 import logging
 import re
 import sys

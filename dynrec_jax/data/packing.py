@@ -1,6 +1,6 @@
 """Windows of different lengths in rows of one length, so that little of a batch is padding.
 
-A batch of ml-1m at L = 200 fills 56 % of its positions when each row holds one window, and over 95 % packed.
+A batch of 128 from MovieLens-1M at L = 200 fills 54 % of its positions when each row holds one window, and 86 % packed.
 """
 
 import numpy as np

@@ -41,7 +41,7 @@ def logsumexp_sum(u_PxD: Array, weight_P: Array, count: Array, table_RxD: Array,
     """`Σ_p weight_p · log Σ_i exp(scale · u_p·v_i)` over the items i = 1 .. N.
 
     Args:
-      u_PxD: position vectors; those from `count` on are not looked at.
+      u_PxD: position vectors, all finite; those from `count` on have weight 0, and whole blocks of them cost nothing.
       weight_P: weight of each position; not differentiated.
       count: int32 scalar, how many positions there are.
       table_RxD: the catalogue, rows over all devices of the mesh.

@@ -45,7 +45,7 @@ cat <<TEXT
 Done in $((SECONDS - began)) s. In quickstart/ here:
   dataset/         the prepared histories, plain Parquet
   workdir/         config, metrics.jsonl, checkpoints, evaluation/test.json
-  scores/          user_id, item_ids, scores: python -c "import pandas; print(pandas.read_parquet('quickstart/scores'))"
+  scores/          user_id, item_ids, scores: python -c "import duckdb; duckdb.sql(\"from 'quickstart/scores/*.parquet'\").show()"
   interests.png    what the model thinks a user wants, month by month
 
 Next, with your own log (a CSV with the columns user,item,time):

@@ -160,5 +160,10 @@ def _announce(
         f"{dense:,} dense weights, {rows:,} in tables; {config.train.steps:,} steps = {epochs:.1f} epochs; "
         f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
+    if source.filled < 1:
+        progress.say(
+            f"{1 - source.filled:.0%} of the dataset's {histories.dataset.shards} shards have nobody who trains, "
+            "and that share of each batch stays empty; prepare with fewer --shards"
+        )
     if start:
         progress.say(f"going on from step {start}")

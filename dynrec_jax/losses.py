@@ -82,11 +82,7 @@ def sampled_softmax(
     again for the gradient.
     """
     size = min(blocks.positions, at.target.shape[0])
-    short = -at.target.shape[0] % size
     cast_KxD = negatives_KxD.astype(dtype)
-
-    def split(x: Array) -> Array:
-        return jnp.pad(x, ((0, short), *((0, 0),) * (x.ndim - 1))).reshape(-1, size, *x.shape[1:])
 
     @jax.checkpoint
     def block(part: tuple[Array, Array, Array, Array]) -> Array:
@@ -98,7 +94,7 @@ def sampled_softmax(
         z_Q = jax.nn.logsumexp(jnp.concatenate([target_score_Q[:, None], s_QxK], axis=1), axis=1)
         return jnp.sum(jnp.where(weight_Q != 0, weight_Q * (z_Q - target_score_Q), 0.0))
 
-    parts = (split(at.query), split(at.vector), split(at.target), split(at.weight))
+    parts = tuple(stream.split_positions(x, size) for x in (at.query, at.vector, at.target, at.weight))
     return jnp.sum(jax.lax.map(block, parts))
 
 

@@ -49,6 +49,14 @@ def test_the_same_config_goes_on_and_notes_what_may_change(started: Path, tiny_d
     assert configs.flat(workdir.open_config(started)) == configs.flat(moved)
 
 
+def test_a_run_folder_is_held_by_one_process(started: Path):
+    refused = pytest.raises(ConfigError, match="another process trains there")
+    with workdir.locked(started), refused, workdir.locked(started):
+        pass
+    with workdir.locked(started):  # given back
+        pass
+
+
 def test_another_config_is_refused_with_the_difference(started: Path, tiny_dataset: Dataset):
     before = contents(started)
     with pytest.raises(ConfigError, match=r"train\.steps: 12 -> 13.*choose another --workdir"):

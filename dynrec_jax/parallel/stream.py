@@ -143,7 +143,7 @@ def _normaliser(u_QxD: Array, tiles: _Tiles, blocks: Blocks, axes: tuple[str, ..
     return all_Q + jnp.log(jax.lax.psum(sum_Q * jnp.exp(top_Q - all_Q), axes))
 
 
-def _split(x: Array, size: int) -> Array:
+def split_positions(x: Array, size: int) -> Array:
     """[P, …] -> [P/Q, Q, …], filled up with zeros."""
     short = -x.shape[0] % size
     return jnp.pad(x, ((0, short), *((0, 0),) * (x.ndim - 1))).reshape(-1, size, *x.shape[1:])
@@ -158,7 +158,7 @@ def _logsumexp_sum(
 ) -> Array:
     tiles = _tiles(table, blocks, axes)
     size = min(blocks.positions, u.shape[0])
-    u_BxQxD, w_BxQ = _split(u, size), _split(weight, size)
+    u_BxQxD, w_BxQ = split_positions(u, size), split_positions(weight, size)
 
     def block(b: Array, total: Array) -> Array:
         z_Q = _normaliser(u_BxQxD[b], tiles, blocks, axes)
@@ -172,7 +172,7 @@ def _logsumexp_forward(
 ) -> tuple[Array, Any]:
     tiles = _tiles(table, blocks, axes)
     size = min(blocks.positions, u.shape[0])
-    u_BxQxD, w_BxQ = _split(u, size), _split(weight, size)
+    u_BxQxD, w_BxQ = split_positions(u, size), split_positions(weight, size)
 
     def block(b: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, du_BxQxD, dv_RxD = carry
@@ -252,7 +252,7 @@ def _mixture_forward(
         return z_Q, jax.lax.psum(r_QxD, axes) if axes else r_QxD
 
     size = min(blocks.positions, u.shape[0])
-    z_BxQ, r_BxQxD = jax.lax.map(block, _split(u, size))
+    z_BxQ, r_BxQxD = jax.lax.map(block, split_positions(u, size))
     r_PxD = r_BxQxD.reshape(-1, u.shape[1])[: u.shape[0]].astype(u.dtype)
     return r_PxD, (u, table, z_BxQ, r_PxD)
 
@@ -286,7 +286,12 @@ def _mixture_backward(
         (du_QxD, dv_RxD), _ = jax.lax.scan(step, (zero, dv_RxD), jnp.arange(tiles.number))
         return dv_RxD, du_QxD
 
-    parts = (_split(u, size), z_BxQ, _split(r_PxD, size), _split(g_PxD.astype(u.dtype), size))
+    parts = (
+        split_positions(u, size),
+        z_BxQ,
+        split_positions(r_PxD, size),
+        split_positions(g_PxD.astype(u.dtype), size),
+    )
     dv_RxD, du_BxQxD = jax.lax.scan(block, jnp.zeros(table.shape, jnp.float32), parts)
     du_PxD = du_BxQxD.reshape(-1, u.shape[1])[: u.shape[0]]
     return du_PxD.astype(u.dtype), dv_RxD.astype(table.dtype)

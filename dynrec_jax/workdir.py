@@ -8,7 +8,6 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +22,8 @@ from jax.sharding import Mesh
 from dynrec_jax import __version__
 from dynrec_jax import config as configs
 from dynrec_jax.data.dataset import Dataset, open_dataset
-from dynrec_jax.data.folder import is_running
 from dynrec_jax.errors import ConfigError, DataError, MachineError
+from dynrec_jax.files import is_temporary, remove_temporary, write_whole
 from dynrec_jax.models.bstm import MODELS, Bstm
 from dynrec_jax.parallel.mesh import usable_mesh
 from dynrec_jax.parallel.rules import tree_shardings
@@ -145,37 +144,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def temporary_name(path: Path) -> Path:
-    """Where this process writes a file that is renamed to `path` when it is whole."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether a file is one that is still written, or that a killed process left."""
-    return path.name.startswith(".") and path.suffix.startswith(".tmp-")
-
-
-def remove_temporary(folder: Path) -> None:
-    """Removes what killed processes of this machine left half-written in a folder."""
-    for path in folder.iterdir():
-        pid = path.suffix.removeprefix(".tmp-")
-        if is_temporary(path) and pid.isdigit() and not is_running(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that it is there whole or not at all."""
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def open_config(path: Path) -> ml_collections.ConfigDict:

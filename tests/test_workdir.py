@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dynrec_jax import config as configs
-from dynrec_jax import workdir
+from dynrec_jax import files, workdir
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.errors import ConfigError, DataError, MachineError
 from dynrec_jax.train.checkpoint import Checkpoints
@@ -96,25 +96,12 @@ def test_a_full_disk_is_a_fault_of_the_machine_and_leaves_no_run(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(workdir.os, "fsync", full)
+        patch.setattr(files.os, "fsync", full)
         with pytest.raises(MachineError, match="No space left"):
             workdir.start(tmp_path / "run", tiny.config(), tiny_dataset)
     assert not (tmp_path / "run" / "config.json").exists()
     workdir.start(tmp_path / "run", tiny.config(), tiny_dataset)
     assert (tmp_path / "run" / "config.json").exists(), "the same command goes on once there is room"
-
-
-def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "a.json"
-    workdir.write_whole(path, "old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(workdir.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        workdir.write_whole(path, "new and longer")
-    assert contents(tmp_path) == {"a.json": b"old"}
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path: Path, started: Path):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dynrec_jax.errors import DataError
+from dynrec_jax.files import is_running, sync, sync_tree
 
 
 @contextmanager
@@ -59,17 +60,6 @@ def make_parents(parent: Path) -> list[Path]:
     return missing
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process of that number lives on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def remove_leftovers(out: Path) -> None:
     """Removes temporary folders of killed runs that were writing `out`."""
     prefix = f".{out.name}.tmp-"
@@ -77,20 +67,3 @@ def remove_leftovers(out: Path) -> None:
         pid = folder.name.removeprefix(prefix)
         if pid.isdigit() and not is_running(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Has the operating system put a file or a folder's entries on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> None:
-    """Syncs every file and folder below."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            sync(Path(root) / name)
-        sync(Path(root))

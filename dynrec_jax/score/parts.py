@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from dynrec_jax.errors import ConfigError, MachineError
 from dynrec_jax.evaluate.recommender import Lists
-from dynrec_jax.workdir import is_temporary, remove_temporary, temporary_name, write_whole
+from dynrec_jax.files import is_temporary, remove_temporary, temporary_name, write_whole
 
 # Readers of Parquet folders (pandas, Arrow, Spark) leave out files that begin with an underscore.
 MANIFEST = "_score.json"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrec_jax.errors import ConfigError
+from dynrec_jax.files import write_whole
 
 
 class MetricsWriter:
@@ -63,6 +64,4 @@ def _rewind(path: Path, start: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(kept))

@@ -80,7 +80,7 @@ def measure(
 
 def write(workdir: Path, result: dict[str, Any]) -> None:
     """Writes `evaluation/<split>.json`; raises MachineError where it cannot."""
-    from dynrec_jax.workdir import write_whole
+    from dynrec_jax.files import write_whole
 
     path = workdir / "evaluation" / f"{result['split']}.json"
     try:

@@ -1,0 +1,64 @@
+"""Files that are whole or not there: written under a temporary name, synced, renamed."""
+
+import os
+from pathlib import Path
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes a file that is renamed to `path` when it is whole."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that is still written, or that a killed process left."""
+    return path.name.startswith(".") and path.suffix.startswith(".tmp-")
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes what killed processes of this machine left half-written in a folder."""
+    for path in folder.iterdir():
+        pid = path.suffix.removeprefix(".tmp-")
+        if is_temporary(path) and pid.isdigit() and not is_running(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file so that it is there whole or not at all."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of that number lives on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def sync(path: Path) -> None:
+    """Has the operating system put a file or a folder's entries on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Syncs every file and folder below."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(root) / name)
+        sync(Path(root))

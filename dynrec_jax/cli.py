@@ -5,6 +5,7 @@ our own, with its traceback.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -13,6 +14,7 @@ from absl import flags
 
 from dynrec_jax.allocator import restart_with_kept_memory
 from dynrec_jax.errors import ConfigError, one_line, report_errors
+from dynrec_jax.parallel.processes import several
 
 VERBS = {
     "prepare": "raw logs to a dataset folder",
@@ -28,7 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None and len(sys.argv) > 1 and sys.argv[1] in HEAVY:
         restart_with_kept_memory()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return report_errors(lambda: _run(given))
+    status = report_errors(lambda: _run(given))
+    if status and several():
+        # JAX's own farewell would wait for the others, who may wait for this process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _run(arguments: list[str]) -> int:

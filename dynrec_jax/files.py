@@ -1,12 +1,19 @@
 """Files that are whole or not there: written under a temporary name, synced, renamed."""
 
+import hashlib
 import os
+import platform
 from pathlib import Path
 
 
 def temporary_name(path: Path) -> Path:
     """Where this process writes a file that is renamed to `path` when it is whole."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    return path.with_name(f".{path.name}.tmp-{_machine()}-{os.getpid()}")
+
+
+def _machine() -> str:
+    """Processes of several machines, with the same numbers, may write to one folder."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def is_temporary(path: Path) -> bool:
@@ -17,7 +24,7 @@ def is_temporary(path: Path) -> bool:
 def remove_temporary(folder: Path) -> None:
     """Removes what killed processes of this machine left half-written in a folder."""
     for path in folder.iterdir():
-        pid = path.suffix.removeprefix(".tmp-")
+        pid = path.suffix.removeprefix(f".tmp-{_machine()}-")
         if is_temporary(path) and pid.isdigit() and not is_running(int(pid)):
             path.unlink(missing_ok=True)
 

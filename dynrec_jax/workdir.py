@@ -4,6 +4,7 @@
 `metrics.jsonl`, `checkpoints/`, `evaluation/`.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
@@ -26,6 +27,7 @@ from dynrec_jax.errors import ConfigError, DataError, MachineError
 from dynrec_jax.files import is_temporary, remove_temporary, write_whole
 from dynrec_jax.models.bstm import MODELS, Bstm
 from dynrec_jax.parallel.mesh import usable_mesh
+from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.rules import tree_shardings
 from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.checkpoint import open_model
@@ -117,12 +119,19 @@ def _write_record(path: Path, config: ml_collections.ConfigDict, dataset: Datase
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a run folder for one process, which may write there; the lock goes with the process, however it ends.
+def locked(path: Path, processes: Processes = ALONE) -> Iterator[None]:
+    """Holds a run folder for one run, which may write there; the lock goes with process 0, however it ends.
 
     Raises:
-      ConfigError: another process on this machine trains there.
+      ConfigError: another run on this machine trains there.
     """
+    with contextlib.ExitStack() as held:
+        processes.first_does(lambda: held.enter_context(_lock(path)))
+        yield
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
     with (path / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,31 +165,45 @@ def open_config(path: Path) -> ml_collections.ConfigDict:
     return configs.from_json(path / "config.json")
 
 
-def open(path: str | Path, step: str | int = "best", dataset: str | Path | None = None) -> Run:
+def open(
+    path: str | Path,
+    step: str | int = "best",
+    dataset: str | Path | None = None,
+    processes: Processes = ALONE,
+) -> Run:
     """Opens a run on this machine's devices, without the optimizer's state.
 
     Args:
       path: the run folder.
       step: "best" by validation (the last where none was measured), "last", or a step's number.
       dataset: where the dataset folder lies now, if not where the run found it; its content must be the same.
+      processes: that open it together, each on its devices.
 
     Raises:
       DataError: no run folder, no such checkpoint, another dataset.
       ConfigError: a config of another version.
     """
     path = Path(path)
-    config = open_config(path)
-    data = open_dataset(Path(dataset) if dataset else Path(_record(path)["dataset"]["path"]))
-    _check_fingerprint(path, data)
+    config, data, mesh = processes.agree(lambda: _opened(path, dataset))
+    processes.check_same(
+        {"config": configs.to_json(config), "content of the dataset folder": data.content, "step": step},
+        "open the same run with the same flags in all",
+    )
     model = MODELS[config.model.name](config, data.items)
-    mesh = usable_mesh(rows_for(data.items))
     boxed = jax.eval_shape(model.init, jax.random.key(0))
     shardings = tree_shardings(mesh, boxed)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
     )
-    variables, chosen = open_model(path / "checkpoints", abstract, step)
+    variables, chosen = open_model(path / "checkpoints", abstract, step, processes=processes)
     return Run(path, config, data, model, variables["params"], variables["tables"], chosen, mesh)
+
+
+def _opened(path: Path, dataset: str | Path | None) -> tuple[ml_collections.ConfigDict, Dataset, Mesh]:
+    config = open_config(path)
+    data = open_dataset(Path(dataset) if dataset else Path(_record(path)["dataset"]["path"]))
+    _check_fingerprint(path, data)
+    return config, data, usable_mesh(rows_for(data.items))
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 
 from dynrec_jax.cli import main
 from dynrec_jax.data.cache import Histories
+from dynrec_jax.files import temporary_name
 
 from . import tiny
 
@@ -96,6 +97,12 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     assert err.startswith("dynrec: ")
     assert "Traceback" not in err
     return err
+
+
+def leftover(path: Path) -> Path:
+    """Where a process of this machine that is no more would have begun to write a file."""
+    name, _, _ = temporary_name(path).name.rpartition("-")
+    return path.with_name(f"{name}-999999999")
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -17,6 +17,9 @@ os.environ["JAX_PLATFORMS"] = PLATFORM
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+if PLATFORM == "cpu":
+    # Tiny programs that run once: they are compiled quickly, not well, which takes half the time and less.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

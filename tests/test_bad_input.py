@@ -8,15 +8,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dynrec_jax.errors import DataError
+from dynrec_jax import workdir as workdirs
 from dynrec_jax.score import job
-from dynrec_jax.train import checkpoint
+from dynrec_jax.train import arrays
 
-from .commands import STEPS, Made, digest, dynrec, experiment, one_line, small_run
+from .commands import STEPS, Made, digest, dynrec, experiment, leftover, one_line, small_run
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda raw: raw[: len(raw) // 2],
@@ -49,6 +51,16 @@ def refused(capsys, watched: list[Path], verb: str, *switches: str, **values: ob
 
 def damage(file: Path, how: str) -> None:
     file.write_bytes(DAMAGE[how](file.read_bytes()))
+
+
+NEEDS: dict[str, dict[str, object]] = {"evaluate": {}, "score": {"out": "out", "k": 5}}
+
+
+def damage_arrays(run: Path, tree: str, how: str, step: int = STEPS) -> None:
+    data = [p for p in (run / "checkpoints" / str(step) / tree).rglob("d/*") if p.stat().st_size > 99]
+    assert data
+    for file in data:
+        damage(file, how)
 
 
 # ---------------------------------------------------------------------------------------------------- prepare
@@ -190,7 +202,7 @@ def test_train_starts_where_a_start_was_cut_short(made, at, monkeypatch):
     """Killed between its first file and its last, a start leaves nothing that stops the next."""
     (at / "run").mkdir()
     (at / "run" / "run.json").write_text("{}")
-    (at / "run" / ".config.json.tmp-999999999").write_text("{")
+    leftover(at / "run" / "config.json").write_text("{")
     from dynrec_jax.train import loop
 
     monkeypatch.setattr(loop, "train", lambda *_: {"step": 0})
@@ -206,8 +218,7 @@ class TestRun:
     """What evaluate and score refuse alike."""
 
     def refuse(self, verb: str, capsys, watched: list[Path], workdir: object, **values: object) -> str:
-        out = {"out": "out", "k": 5} if verb == "score" else {}
-        line = refused(capsys, [*watched, Path("taken")], verb, workdir=workdir, **out, **values)
+        line = refused(capsys, [*watched, Path("taken")], verb, workdir=workdir, **NEEDS[verb], **values)
         assert not Path("out").exists()
         return line
 
@@ -244,16 +255,17 @@ class TestRun:
 
     @pytest.mark.parametrize("how", DAMAGE)
     def test_a_damaged_checkpoint(self, verb, how, made, at, capsys):
+        """Refused where it was asked for by its number; else the next good one is used, and that is said."""
         shutil.copytree(made.workdir, at / "run")
-        data = [
-            p
-            for p in (at / "run" / "checkpoints" / str(STEPS) / "model").rglob("d/*")
-            if p.stat().st_size > 99
-        ]
-        assert data
-        for file in data:
-            damage(file, how)
-        assert f"checkpoints/{STEPS}: " in self.refuse(verb, capsys, [at], "run")
+        damage_arrays(at / "run", "model", how)
+        refused = self.refuse(verb, capsys, [at], "run", step=STEPS)
+        assert f"checkpoints/{STEPS}: " in refused
+        given = {"workdir": "run", **NEEDS[verb], "step": "last"}
+        assert dynrec(verb, **given) == 0
+        told = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line]
+        assert len(told) == 1
+        assert f"checkpoints/{STEPS}: is damaged" in told[0]
+        assert f"the checkpoint of step {STEPS // 2} is used" in told[0]
 
 
 USERS = {
@@ -321,12 +333,32 @@ class TestScore:
         assert "taken" in self.refuse(capsys, made, at, out=out, k=5)
 
 
-def test_resuming_from_a_damaged_checkpoint_names_it(made, at, capsys):
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(made, at, capsys):
+    """The damaged one is named and moved aside as it is; the run ends as it did."""
     shutil.copytree(made.workdir, at / "run")
-    for file in (at / "run" / "checkpoints" / str(STEPS) / "optimizer").rglob("d/*"):
-        damage(file, "truncated")
+    damage_arrays(at / "run", "optimizer", "truncated")
+    before = digest(at / "run" / "checkpoints" / str(STEPS))
+    assert dynrec("train", config=made.experiment, workdir="run") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line]
+    assert len(told) == 1
+    assert f"checkpoints/{STEPS}: is damaged" in told[0]
+    assert f"going on from step {STEPS // 2}" in told[0]
+    assert digest(at / "run" / "damaged" / str(STEPS)) == before
+    ours, theirs = workdirs.open(at / "run", "last"), workdirs.open(made.workdir, "last")
+    for x, y in zip(jax.tree.leaves(ours.tables), jax.tree.leaves(theirs.tables), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_run_without_a_good_checkpoint_is_refused_and_left_alone(made, at, capsys):
+    shutil.copytree(made.workdir, at / "run")
+    for step in (STEPS // 2, STEPS):
+        damage_arrays(at / "run", "optimizer", "truncated", step)
+    before = digest(at / "run" / "checkpoints")
     assert dynrec("train", config=made.experiment, workdir="run") == 2
-    assert f"checkpoints/{STEPS}: " in one_line(capsys)
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert "no checkpoint is good; the newest, of step 6, is damaged" in err.splitlines()[-1]
+    assert digest(at / "run" / "checkpoints") == before
 
 
 def test_reads_that_a_damaged_checkpoint_never_started_are_forgotten_in_silence(at):
@@ -338,24 +370,24 @@ def test_reads_that_a_damaged_checkpoint_never_started_are_forgotten_in_silence(
         pending = [shard(), shard()]
         raise ValueError(f"damaged, {len(pending)} to go")
 
-    with pytest.raises(DataError, match="damaged, 2 to go") as caught, checkpoint._damage(at):
+    try:
         read()
-    del caught
+    except ValueError as error:
+        arrays._drop_pending(error)
     gc.collect()  # warnings are errors here
 
 
 def test_a_broken_workdir_gets_one_line_from_a_process_of_its_own(made, at):
     """Nothing that Orbax or TensorStore log, or their threads print on the way out, comes on top."""
     shutil.copytree(made.workdir, at / "run")
-    for file in (at / "run" / "checkpoints" / str(STEPS) / "model" / "d").iterdir():
-        damage(file, "truncated")
+    damage_arrays(at / "run", "model", "truncated")
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(job.__file__).parents[2]),
         "JAX_NUM_CPU_DEVICES": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "dynrec_jax", "evaluate", "--workdir=run"],
+        [sys.executable, "-m", "dynrec_jax", "evaluate", "--workdir=run", f"--step={STEPS}"],
         capture_output=True,
         text=True,
         env=environment,

@@ -1,5 +1,6 @@
 """A disk that fills up, or may not be written: exit status 1, one line, nothing that looks whole."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dynrec_jax.score import job
+from dynrec_jax.train import hooks, manifest
 from dynrec_jax.train.checkpoint import Checkpoints
 
 from .commands import Made, a_shard_each, digest, dynrec, one_line, small_run
@@ -84,12 +86,72 @@ class TestFullDisk:
                 assert dynrec(verb, **values) == 1
                 assert str(disk) in one_line(capsys)
 
-    def test_train(self, made, tmp_path, capsys):
+    def test_train_that_never_gets_room(self, made, tmp_path, monkeypatch, capsys, caplog):
+        monkeypatch.setattr(hooks, "PAUSES", (0.0, 0.0))
         with small_disk(tmp_path / "disk", "60k") as disk:
             assert dynrec("train", config=made.experiment, workdir=disk / "run") == 1
             err = capsys.readouterr().err
             assert "Traceback" not in err
-            assert err.splitlines()[-1].startswith("dynrec: ")
+            assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+            assert "the checkpoint of step 3 could not be written (No space left on device)" in err
+            last = err.splitlines()[-1]
+            assert last.startswith("dynrec: ")
+            assert "step 6, cannot be written: the disk is full" in last
+            assert "goes on from the start" in last
             checkpoints = Checkpoints(disk / "run" / "checkpoints")
             assert checkpoints.latest() is None
             checkpoints.close()
+            assert list((disk / "run" / "checkpoints").iterdir()) == [], (
+                "what was half written holds no space"
+            )
+
+    def test_train_goes_on_and_saves_once_there_is_space(self, made, tmp_path, monkeypatch, capsys, caplog):
+        """Full before the first checkpoint, at step 3; there is room again when the try at step 4 has failed."""
+        save, say = Checkpoints.save, Checkpoints.say
+        failed: list[str] = []
+        with small_disk(tmp_path / "disk", "4m") as disk:
+
+            def fill_and_save(checkpoints: Checkpoints, state, step: int, *rest, **more):
+                if step == 3:
+                    fill(disk / "ballast", spare=8 * PAGE)
+                started = save(checkpoints, state, step, *rest, **more)
+                checkpoints.wait()  # so that how it ended is known at this step, and not at a later one
+                return started
+
+            def make_room(checkpoints: Checkpoints, text: str) -> None:
+                say(checkpoints, text)
+                failed.append(text)
+                if len(failed) == 2:
+                    (disk / "ballast").unlink()
+
+            monkeypatch.setattr(Checkpoints, "save", fill_and_save)
+            monkeypatch.setattr(Checkpoints, "say", make_room)
+            assert dynrec("train", config=made.experiment, workdir=disk / "run") == 0
+            err = capsys.readouterr().err
+            assert "Traceback" not in err
+            assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+            for told in (
+                "step 3 could not be written (No space left on device); there is none yet; trying again at step 4",
+                "step 4 could not be written (No space left on device); there is none yet; trying again at step 5",
+                "step 5: saved; checkpoints can be written again",
+            ):
+                assert err.count(told) == 1, (told, err)
+            assert len(failed) == 3
+            last = Path("checkpoints", "6")
+            ours, theirs = manifest.read(disk / "run" / last), manifest.read(made.workdir / last)
+            assert ours.leaves == theirs.leaves, "bit for bit the state of a run whose disk was never full"
+            assert (ours.value, ours.progress) == (theirs.value, theirs.progress)
+            assert without_clock(disk / "run") == without_clock(made.workdir)
+
+
+def fill(path: Path, spare: int) -> None:
+    """Fills a file system but for some bytes."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(PAGE)):
+            pass
+    os.truncate(path, path.stat().st_size - spare)
+
+
+def without_clock(run: Path) -> list[str]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [line.split('"histories_per_second"')[0] for line in lines]

@@ -148,6 +148,8 @@ class Histories:
         return self._flat["items"][self._start["items"][users_B] + at_B]
 
     def _gather(self, name: str, users_B: np.ndarray, at_BxW: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        if not self.users:  # all shards held are empty
+            return np.zeros(inside.shape, LISTS[name])
         place = np.where(inside, self._start[name][users_B][:, None] + at_BxW, 0)
         return np.where(inside, self._flat[name][place], 0)
 

@@ -63,21 +63,28 @@ def global_time(lengths_U: np.ndarray, before_validation_U: np.ndarray, before_t
 
 
 class Draws(NamedTuple):
-    """The draws of a batch in the order of its rows.
+    """The draws of a batch, or of a part of it, in order.
 
     Attributes:
+      window: int64[B], number of the draw's window in the whole batch, from 1.
       number: int64[B], k.
       shard: int64[B].
       position: int64[B], in the shard's stream.
     """
 
+    window: np.ndarray
     number: np.ndarray
     shard: np.ndarray
     position: np.ndarray
 
 
-def check_batch(batch_size: int, shards: int) -> None:
-    """Raises ConfigError where neither of batch size and number of shards divides the other."""
+def check_batch(batch_size: int, shards: int, parts: int = 1) -> None:
+    """Raises ConfigError where batch and shards do not divide, one by the other, and both over the parts of a batch."""
+    if batch_size % parts or shards % parts:
+        raise ConfigError(
+            f"config.train.batch_size: {batch_size} and the dataset's {shards} shards do not both divide over "
+            f"{parts} processes; choose a batch size and a number of processes that do"
+        )
     if batch_size % shards and shards % batch_size:
         lower = max(1, batch_size // shards) * shards
         raise ConfigError(
@@ -87,14 +94,21 @@ def check_batch(batch_size: int, shards: int) -> None:
 
 
 def draws(step: int, batch_size: int, shards: int) -> Draws:
-    """The draws of one step. Where a batch holds several of a shard, its rows lie together.
-
-    So processes that own ranges of shards own ranges of rows, whatever their number.
-    """
+    """The draws of one step; where a batch holds several of a shard, they lie together."""
     number_B = step * batch_size + np.arange(batch_size, dtype=np.int64)
     if batch_size > shards:
         number_B = number_B.reshape(-1, shards).T.reshape(-1)
-    return Draws(number_B, number_B % shards, number_B // shards)
+    window_B = np.arange(1, batch_size + 1, dtype=np.int64)
+    return Draws(window_B, number_B, number_B % shards, number_B // shards)
+
+
+def part_of(drawn: Draws, part: int, parts: int) -> Draws:
+    """The draws of every `parts`-th shard from shard `part` on: what the process supplies that owns these shards.
+
+    Where the number of parts divides batch and shards, parts are equally large.
+    """
+    here_B = drawn.shard % parts == part
+    return Draws(*(values_B[here_B] for values_B in drawn))
 
 
 @functools.lru_cache(maxsize=256)  # the shards of one process, a few of which are between two permutations

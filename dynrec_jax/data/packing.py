@@ -30,8 +30,16 @@ def first_fit(lengths_B: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray
     return row_B, offset_B, rows
 
 
-def pack(windows: Windows, lengths_B: np.ndarray, rows: int, multiple: int) -> Batch:
-    """A batch of `rows` rows, or of the next `multiple` up where they do not hold all windows."""
+def pack(windows: Windows, lengths_B: np.ndarray, numbers_B: np.ndarray, rows: int, multiple: int) -> Batch:
+    """A batch of `rows` rows, or of the next `multiple` up where they do not hold all windows.
+
+    Args:
+      windows: B of them.
+      lengths_B: events of each.
+      numbers_B: what `segments` calls them.
+      rows: as many as the batches of a run usually have.
+      multiple: what the number of rows divides by.
+    """
     width = windows.items.shape[1]
     row_B, offset_B, needed = first_fit(lengths_B, width)
     rows = max(rows, -(-needed // multiple) * multiple)
@@ -48,7 +56,13 @@ def pack(windows: Windows, lengths_B: np.ndarray, rows: int, multiple: int) -> B
         items=spread(windows.items),
         times=spread(windows.times),
         events=spread(windows.events),
-        segments=spread(np.arange(1, len(lengths_B) + 1)[:, None]),
+        segments=spread(numbers_B[:, None]),
         positions=spread(at_W[None, :]),
         remaining=spread(lengths_B[:, None] - 1 - at_W[None, :]),
     )
+
+
+def add_rows(batch: Batch, rows: int) -> Batch:
+    """The batch with empty rows up to `rows`."""
+    short = rows - batch.items.shape[0]
+    return batch if short <= 0 else Batch(*(np.pad(values, ((0, short), (0, 0))) for values in batch))

@@ -5,7 +5,7 @@ Built on Grain: reading ahead in threads, and a position that is one integer. Th
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -15,7 +15,8 @@ import numpy as np
 from dynrec_jax.batch import Batch
 from dynrec_jax.data import examples
 from dynrec_jax.data.cache import Histories
-from dynrec_jax.data.packing import first_fit, pack
+from dynrec_jax.data.dataset import Dataset
+from dynrec_jax.data.packing import add_rows, first_fit, pack
 from dynrec_jax.errors import ConfigError, DataError
 
 PLANNED_STEPS = 64
@@ -50,20 +51,26 @@ def time_cuts(histories: Histories, holdout: float) -> tuple[int, int]:
     return int(quantiles[round((1 - 2 * holdout) * last)]), int(quantiles[round((1 - holdout) * last)])
 
 
-def trains(histories: Histories, splits: examples.Splits) -> np.ndarray:
-    """bool[U], users that train: those with two training events, for only they have a target.
+def trains(splits: examples.Splits) -> np.ndarray:
+    """bool[U], users that train: those with two training events, for only they have a target."""
+    return splits.train_end >= 2
 
-    Raises:
-      DataError: there is none, so nothing to learn from.
-    """
-    able_U = splits.train_end >= 2
-    if not able_U.any():
-        raise DataError(f"{histories.dataset.path}: no user has two training events; nothing can be learnt")
-    return able_U
+
+def check_trains(dataset: Dataset, users: int) -> None:
+    """Raises DataError where nobody trains, so that there is nothing to learn from."""
+    if users == 0:
+        raise DataError(f"{dataset.path}: no user has two training events; nothing can be learnt")
 
 
 class BatchSource:
-    """Random access to the training batches, by step."""
+    """Random access to the training batches, by step; of several processes each has its part of every batch.
+
+    Attributes:
+      trained_users: int, histories of this part that train.
+      filled: float, share of this part's draws that name a history: a shard may be empty.
+      width: events of a row.
+      rows: rows of a batch, unless it needs more.
+    """
 
     def __init__(
         self,
@@ -71,17 +78,27 @@ class BatchSource:
         splits: examples.Splits,
         config: ml_collections.ConfigDict,
         multiple: int = 1,
+        part: int = 0,
+        parts: int = 1,
     ):
-        """Plans the rows of a batch; their number divides by `multiple` (of the devices that share a batch).
+        """Plans the rows of a batch; their number divides by `multiple` (of the devices that share a part).
+
+        Args:
+          histories: of the shards `part`, `part + parts`, …, at least.
+          splits: of these histories.
+          config: of the run.
+          multiple: see above.
+          part: which part of every batch this is.
+          parts: how many there are.
 
         Raises:
-          ConfigError: the batch size does not fit the shards.
-          DataError: there is nothing to learn from.
+          ConfigError: the batch size does not fit the shards or the parts.
         """
-        examples.check_batch(config.train.batch_size, histories.dataset.shards)
+        examples.check_batch(config.train.batch_size, histories.dataset.shards, parts)
         self._histories = histories
         self._config = config
-        able_U = trains(histories, splits)
+        self._part, self._parts = part, parts
+        able_U = trains(splits)
         self._user = np.nonzero(able_U)[0]
         self._train_end = splits.train_end
         before_U = np.concatenate([[0], np.cumsum(able_U)])
@@ -89,39 +106,37 @@ class BatchSource:
         self._first = before_U[first]
         self._count = before_U[first + users] - self._first
         self.trained_users = len(self._user)
-        self.filled = float(
-            (self._count > 0).mean()
-        )  # share of the draws that name a history: a shard may be empty
+        self.filled = float((self._count[part::parts] > 0).mean())
         self.width = config.data.max_length + 1
         self._multiple = math.lcm(multiple * config.train.accumulation, 8)
-        self.rows = self._plan()
+        self.rows = self.needed(range(min(PLANNED_STEPS, len(self))))
 
-    def _plan(self) -> int:
-        """Rows that hold the batches of the first steps: a later batch that needs more gets a shape of its own."""
-        needed = 1
-        for step in range(min(PLANNED_STEPS, len(self))):
-            lengths_B = self._draw(step)[2]
-            needed = max(needed, first_fit(lengths_B, self.width)[2])
-        return -(-needed // self._multiple) * self._multiple
+    def needed(self, steps: range) -> int:
+        """Rows that hold this part of each of some batches."""
+        rows = max((first_fit(self._draw(step)[3], self.width)[2] for step in steps), default=0)
+        return max(-(-rows // self._multiple), 1) * self._multiple
 
     def __len__(self) -> int:
         return int(self._config.train.steps)
 
-    def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Users, ends and lengths of the windows of a step, in the order of `examples.draws`."""
+    def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Numbers, users, ends and lengths of the windows of a step, in the order of `examples.draws`."""
         c = self._config
         drawn = examples.draws(step, c.train.batch_size, self._histories.dataset.shards)
+        drawn = examples.part_of(drawn, self._part, self._parts)
         picked_B = examples.pick_users(c.seed, drawn, self._first, self._count)
-        users_B = np.where(picked_B >= 0, self._user[np.maximum(picked_B, 0)], -1)
-        train_end_B = np.where(users_B >= 0, self._train_end[np.maximum(users_B, 0)], 0)
+        users_B, train_end_B = np.full_like(picked_B, -1), np.zeros_like(picked_B)
+        real_B = picked_B >= 0
+        users_B[real_B] = self._user[picked_B[real_B]]
+        train_end_B[real_B] = self._train_end[users_B[real_B]]
         ends_B = examples.window_ends(c.seed, drawn, train_end_B, self.width, c.data.windows)
-        return users_B, ends_B, np.minimum(ends_B, self.width)
+        return drawn.window, users_B, ends_B, np.minimum(ends_B, self.width)
 
     def __getitem__(self, step: Any) -> Batch:
-        """The batch of a step."""
-        users_B, ends_B, lengths_B = self._draw(int(step))
+        """This part of the batch of a step."""
+        numbers_B, users_B, ends_B, lengths_B = self._draw(int(step))
         windows = self._histories.windows(users_B, ends_B, self.width)
-        return pack(windows, lengths_B, self.rows, self._multiple)
+        return pack(windows, lengths_B, numbers_B, self.rows, self._multiple)
 
 
 def batches(source: BatchSource, start: int, prefetch: int) -> Iterator[Batch]:
@@ -129,3 +144,23 @@ def batches(source: BatchSource, start: int, prefetch: int) -> Iterator[Batch]:
     dataset = grain.MapDataset.source(source)[start:]
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     return iter(dataset.to_iter_dataset(options))
+
+
+def agreed(
+    source: BatchSource, stream: Iterator[Batch], start: int, exchange: Callable[[list[int]], list[list[int]]]
+) -> Iterator[Batch]:
+    """The stream with as many rows as the part of a batch that needs most, which only an exchange can tell.
+
+    It is made for `PLANNED_STEPS` steps at once, and at steps that do not depend on `start`.
+
+    Args:
+      source: where `stream` comes from.
+      stream: this process's parts of the batches from step `start` on.
+      start: the first step.
+      exchange: the rows that this part needs -> those that each part needs.
+    """
+    for first in range(start // PLANNED_STEPS * PLANNED_STEPS, len(source), PLANNED_STEPS):
+        steps = range(max(first, start), min(first + PLANNED_STEPS, len(source)))
+        own = [max(source.rows, source.needed(range(step, step + 1))) for step in steps]
+        for rows in np.max(exchange(own), axis=0):
+            yield add_rows(next(stream), int(rows))

@@ -11,9 +11,11 @@ from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.examples import NONE, Splits
 from dynrec_jax.data.pipeline import time_cuts
 from dynrec_jax.errors import ConfigError, DataError
-from dynrec_jax.evaluate.metrics import Coverage, ranking_metrics, ranks
+from dynrec_jax.evaluate.metrics import Coverage, rank_counts, ranking_metrics, ranks
 from dynrec_jax.evaluate.recommender import Lists, Recommender, fixed_lists, groups
 from dynrec_jax.models.bstm import Bstm
+from dynrec_jax.parallel.mesh import sum_of_parts
+from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.table import rows_for
 
 LIST_LENGTH = 100  # what scoring writes by default: the metrics are those of that list
@@ -45,7 +47,17 @@ def measured_ks(config: ml_collections.ConfigDict, items: int) -> tuple[int, ...
 
 
 class Evaluator:
-    """Metrics of one split of a dataset."""
+    """Metrics of one split of a dataset; each of several processes brings the users of its shards.
+
+    Attributes:
+      which: "validation" or "test".
+      users: how many are asked, in all processes.
+      users_U: int64[U], those that this process brings.
+      ends_U: int64[U], the event that each is asked for.
+      targets_U: int32[U], its item.
+      ks: cut-offs of the metrics.
+      recommender: makes the lists.
+    """
 
     def __init__(
         self,
@@ -55,8 +67,9 @@ class Evaluator:
         model: Bstm,
         config: ml_collections.ConfigDict,
         mesh: Mesh,
+        processes: Processes = ALONE,
     ):
-        """`which` is "validation" or "test".
+        """`histories` and `splits` are those of this process's shards.
 
         Raises:
           ConfigError: a metric is of longer lists than there are.
@@ -65,22 +78,34 @@ class Evaluator:
         self._histories = histories
         self._splits = splits
         self._config = config
+        self._processes = processes
         self._items = histories.dataset.items
         self.which = which
-        ends_U = asked(splits, which)
-        self.users_U = np.nonzero(ends_U != NONE)[0]
-        if len(self.users_U) == 0:
-            raise DataError(
-                f"{histories.dataset.path}: no user has a {which} target; a user needs three events or more"
-            )
-        self.ends_U = ends_U[self.users_U]
-        self.targets_U = histories.item_at(self.users_U, self.ends_U)
-        self.parts = [slice(*np.searchsorted(self.users_U, [g.start, g.stop])) for g in groups(histories)]
         self.ks = measured_ks(config, self._items)
         k = min(LIST_LENGTH, self._items)
         self.recommender = Recommender(
-            model, mesh, config.evaluation.batch_size, k, config.evaluation.filter_seen
+            model, mesh, config.evaluation.batch_size, k, config.evaluation.filter_seen, processes
         )
+        ends_U = asked(splits, which)
+        self.users_U = np.nonzero(ends_U != NONE)[0]
+        self.ends_U = ends_U[self.users_U]
+        self.targets_U = histories.item_at(self.users_U, self.ends_U)
+        self.users = self._in_all(len(self.users_U))
+        if self.users == 0:
+            raise DataError(
+                f"{histories.dataset.path}: no user has a {which} target; a user needs three events or more"
+            )
+        parts = [slice(*np.searchsorted(self.users_U, [g.start, g.stop])) for g in groups(histories)]
+        # As many in every process: lists are made by all together.
+        short = max(processes.exchange(len(parts))) - len(parts)
+        self._parts = parts + [slice(0, 0)] * short
+
+    def _in_all(self, own: int) -> int:
+        """A count of this process's users, added up over the processes."""
+        return sum(self._processes.exchange(own if self.recommender.own.lead else 0))
+
+    def _sum(self, counts: np.ndarray) -> np.ndarray:
+        return sum_of_parts(self.recommender.mesh, self.recommender.own, counts)
 
     def metrics(self, params: Any, tables: Any) -> dict[str, float]:
         """The model's metrics; raises NonFiniteScores where it gives NaN."""
@@ -89,7 +114,8 @@ class Evaluator:
     def baselines(self) -> dict[str, dict[str, float]]:
         """Metrics of `popularity` and `recent_popularity`, counted on training events alone."""
         result = {}
-        for name, counts in popularity_counts(self._histories, self._splits, self._config).items():
+        for name, own in popularity_counts(self._histories, self._splits, self._config).items():
+            counts = self._sum(own)
             # Their ranks: counts above 2^24 would tie in float32.
             scores_R = np.zeros(rows_for(self._items), np.float32)
             scores_R[: len(counts)] = np.unique(counts, return_inverse=True)[1]
@@ -99,15 +125,15 @@ class Evaluator:
 
     def metrics_of(self, lists: Callable[..., Lists]) -> dict[str, float]:
         """Metrics of what a function (histories, users, ends) -> Lists recommends."""
-        ranks_U = np.full(len(self.users_U), np.inf)
-        shown = Coverage(self._items, self.ks)
-        for part in self.parts:
-            if part.start == part.stop:
-                continue
+        k = self.recommender.k
+        counts, coverage = np.zeros(k + 1, np.int64), Coverage(self._items, self.ks)
+        for part in self._parts:
             made = lists(self._histories, self.users_U[part], self.ends_U[part])
-            ranks_U[part] = ranks(made.ids, self.targets_U[part])
-            shown.add(made.ids)
-        return {**ranking_metrics(ranks_U, self.ks), **shown.metrics()}
+            counts += rank_counts(ranks(made.ids, self.targets_U[part]), k)
+            coverage.add(made.ids)
+        counts = self._sum(counts)
+        coverage.shown = {at: self._sum(shown.astype(np.int64)) > 0 for at, shown in coverage.shown.items()}
+        return {**ranking_metrics(counts, self.ks), **coverage.metrics()}
 
     def protocol(self) -> dict[str, Any]:
         """What a number of this evaluation means, for the output."""
@@ -120,7 +146,7 @@ class Evaluator:
             "query_time": False,
             "list_length": self.recommender.k,
             "equal_scores": "lowest item index first",
-            "targets_in_history": self._targets_in_history(),
+            "targets_in_history": self._in_all(self._targets_in_history()),
             "leak": "none",
         }
         if split == "leave_one_out":

@@ -2,8 +2,12 @@
 
 A user's list depends on the groups and batches it is computed in only through rounding, and both sides cut groups
 and batches the same way: so evaluation's metrics equal those recomputed from scored files.
+
+Where there are several processes, each brings users of its own, and all compute each batch together.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +20,9 @@ from dynrec_jax.data.cache import Histories, Windows
 from dynrec_jax.errors import NonFiniteError
 from dynrec_jax.models.bstm import Bstm
 from dynrec_jax.models.item_encoder import ID_TABLE
+from dynrec_jax.parallel.mesh import Feed, feed, own_rows, place_rows, place_same
+from dynrec_jax.parallel.processes import ALONE, Processes
+from dynrec_jax.parallel.rules import constrain, sharding
 from dynrec_jax.parallel.table import lookup
 from dynrec_jax.parallel.topk import top_k
 
@@ -68,23 +75,44 @@ def groups(histories: Histories, users: int = GROUP_USERS) -> list[range]:
 
 
 class Recommender:
-    """Makes lists with a model's variables; compiles once for each width of history and of seen items."""
+    """Makes lists with a model's variables; compiles once for each width of history and of seen items.
 
-    def __init__(self, model: Bstm, mesh: Mesh, batch_size: int, k: int, filter_seen: bool):
+    Attributes:
+      k: length of the lists.
+      own: which part of every batch this process brings.
+    """
+
+    def __init__(
+        self,
+        model: Bstm,
+        mesh: Mesh,
+        batch_size: int,
+        k: int,
+        filter_seen: bool,
+        processes: Processes = ALONE,
+    ):
+        """`batch_size` is that of all processes together, rounded up to what divides over the devices."""
         self._model = model
-        self._mesh = mesh
-        self._batch_size = batch_size
+        self.mesh = mesh
         self._filter_seen = filter_seen
+        self._processes = processes
         self.k = k
-        self._catalogue = jax.jit(model.catalogue)
+        self.own: Feed = feed(mesh, processes.index)
+        self._batch_size = -(-batch_size // (self.own.parts * self.own.pieces)) * self.own.pieces
+        self._catalogue = jax.jit(self._finite_catalogue)
         self._list = jax.jit(self._recommend)
+
+    def _finite_catalogue(self, params: Any, tables: Any) -> Any:
+        table_RxD = self._model.catalogue(params, tables)
+        return table_RxD, jnp.isfinite(table_RxD).all()
 
     def _recommend(self, params: Any, tables: Any, table_RxD: Any, items_BxL: Any, seen_BxM: Any) -> Any:
         rows_BxLxD = lookup(tables[ID_TABLE], items_BxL)
         u_BxD = self._model.last_vector(params, rows_BxLxD, items_BxL)
         q_BxD = self._model.abra.query(u_BxD, table_RxD)
         ids, scores = self._model.abra.best(q_BxD, table_RxD, seen_BxM, self.k)
-        return ids, scores, jnp.isfinite(q_BxD).all()
+        finite = jnp.isfinite(q_BxD).all() & ~jnp.isnan(scores).any()
+        return constrain(ids, "batch", None), constrain(scores, "batch", None), finite
 
     def prepare(self, params: Any, tables: Any) -> Callable[[HistorySource, np.ndarray, np.ndarray], Lists]:
         """A function (source, users, ends) -> Lists for these variables.
@@ -92,47 +120,56 @@ class Recommender:
         Raises:
           NonFiniteScores: an item vector is not finite; the function raises it for users' vectors and scores.
         """
-        with jax.set_mesh(self._mesh):
-            table_RxD = self._catalogue(params, tables)
-            if not bool(jnp.isfinite(table_RxD).all()):
+        with jax.set_mesh(self.mesh):
+            table_RxD, finite = self._catalogue(params, tables)
+            if not bool(finite):
                 raise NonFiniteScores("item vectors are not finite")
 
-        def batch(windows: Windows, seen_BxM: np.ndarray) -> tuple[Any, Any]:
-            ids, scores, finite = self._list(params, tables, table_RxD, windows.items, seen_BxM)
-            if not bool(finite) or bool(np.isnan(np.asarray(scores)).any()):
+        def batch(items_BxL: jax.Array, seen_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
+            ids, scores, finite = self._list(params, tables, table_RxD, items_BxL, seen_BxM)
+            if not bool(finite):
                 raise NonFiniteScores("scores are not finite")
             return ids, scores
 
-        def lists(source: HistorySource, users_U: np.ndarray, ends_U: np.ndarray) -> Lists:
-            with jax.set_mesh(self._mesh):
-                return self.run(batch, source, users_U, ends_U)
-
-        return lists
+        return functools.partial(self.run, batch)
 
     def run(
         self,
-        batch: Callable[[Windows, np.ndarray], tuple[Any, Any]],
+        batch: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
         source: HistorySource,
         users_U: np.ndarray,
         ends_U: np.ndarray,
     ) -> Lists:
-        """Cuts users into batches of similar length, short histories first, and puts the lists in order."""
+        """Cuts users into batches of similar length, short histories first, and puts the lists in order.
+
+        All processes call it together, those without users too.
+        """
         ids = np.zeros((len(users_U), self.k), np.int32)
         scores = np.full((len(users_U), self.k), -np.inf, np.float32)
-        for place_B in _batches(ends_U, self._batch_size):
-            users_B, ends_B = users_U[place_B], ends_U[place_B]
+        places = list(_batches(ends_U, self._batch_size))
+        widths = self._agreed([_width(max(int(ends_U[place_B].max()), 1)) for place_B in places])
+        nobody = np.zeros(0, np.int64)
+        for number, width in enumerate(widths):
+            place_B = places[number] if number < len(places) else nobody
             short = self._batch_size - len(place_B)
-            users_B = np.pad(users_B, (0, short), constant_values=-1)
-            ends_B = np.pad(ends_B, (0, short))
-            longest = max(int(ends_B.max()), 1)
-            windows = source.windows(users_B, ends_B, min(_width(longest), self._model.max_length))
+            users_B = np.pad(users_U[place_B], (0, short), constant_values=-1)
+            ends_B = np.pad(ends_U[place_B], (0, short))
+            windows = source.windows(users_B, ends_B, min(width, self._model.max_length))
             seen_BxM = np.zeros((self._batch_size, 1), np.int32)
             if self._filter_seen:
-                seen_BxM = source.seen(users_B, ends_B, _width(longest))
-            new_ids, new_scores = batch(windows, seen_BxM)
-            ids[place_B] = np.asarray(new_ids)[: len(place_B)]
-            scores[place_B] = np.asarray(new_scores)[: len(place_B)]
+                seen_BxM = source.seen(users_B, ends_B, width)
+            with jax.set_mesh(self.mesh):
+                new_ids, new_scores = batch(
+                    place_rows(self.mesh, windows.items), place_rows(self.mesh, seen_BxM)
+                )
+            ids[place_B] = own_rows(new_ids)[: len(place_B)]
+            scores[place_B] = own_rows(new_scores)[: len(place_B)]
         return Lists(ids, scores)
+
+    def _agreed(self, widths: list[int]) -> list[int]:
+        """The widths of all batches: the largest of the processes'."""
+        several = self._processes.exchange(widths)
+        return [max(each) for each in itertools.zip_longest(*several, fillvalue=0)]
 
 
 def _batches(ends_U: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -148,14 +185,12 @@ def _width(longest: int) -> int:
 
 def fixed_lists(recommender: Recommender, scores_R: np.ndarray, items: int, block: int) -> Any:
     """As `Recommender.prepare`, for one score per item that is the same for every user (a baseline)."""
-    table_Rx1 = jnp.asarray(scores_R, jnp.float32)[:, None]
-    best = jax.jit(
-        lambda table, seen: top_k(
-            jnp.ones((seen.shape[0], 1)), table, seen, k=recommender.k, items=items, scale=1.0, rows=block
-        )
-    )
+    table_Rx1 = place_same(sharding(recommender.mesh, "items", None), scores_R.astype(np.float32)[:, None])
 
-    def lists(source: HistorySource, users_U: np.ndarray, ends_U: np.ndarray) -> Lists:
-        return recommender.run(lambda windows, seen: best(table_Rx1, seen), source, users_U, ends_U)
+    @jax.jit
+    def best(table_Rx1: jax.Array, seen_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
+        one_Bx1 = jnp.ones((seen_BxM.shape[0], 1))
+        ids, scores = top_k(one_Bx1, table_Rx1, seen_BxM, k=recommender.k, items=items, scale=1.0, rows=block)
+        return constrain(ids, "batch", None), constrain(scores, "batch", None)
 
-    return lists
+    return functools.partial(recommender.run, lambda items, seen: best(table_Rx1, seen))

@@ -5,12 +5,15 @@ does not care about order, so devices add up what they hold. One element that ch
 lane, because the mix is a bijection of the element's bits; other changes go unnoticed once in 2^128.
 """
 
+import functools
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Array = jax.Array
 LANES = 4
@@ -40,7 +43,13 @@ def digest(x: Array) -> Array:
     second = _mix(first + place + jnp.uint32(0x85EBCA6B))
     third = first * (second | jnp.uint32(1))
     fourth = second ^ (third >> 15)
-    return jnp.stack([jnp.sum(lane, dtype=jnp.uint32) for lane in (first, second, third, fourth)])
+    # One reduction of all lanes: four by themselves would first write each lane out, as large as the array.
+    lanes = (first, second, third, fourth)
+    return jnp.stack(jax.lax.reduce(lanes, (jnp.uint32(0),) * LANES, _add, tuple(range(bits.ndim))))
+
+
+def _add(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(x + y for x, y in zip(one, other, strict=True))
 
 
 def _mix(x: Array) -> Array:
@@ -49,7 +58,30 @@ def _mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
+def digests(arrays: Sequence[Any]) -> list[str]:
+    """The digest of each array, 32 hex digits.
+
+    Arrays on a mesh that spans processes are digested by all processes together, and each gets the result.
+    """
+    if not arrays:
+        return []
+    meshes = {x.sharding.mesh for x in arrays if isinstance(getattr(x, "sharding", None), NamedSharding)}
+    mesh = meshes.pop() if len(meshes) == 1 else None
+    lanes = np.asarray(_compiled(mesh)(list(arrays)), np.uint32)
+    return [row.astype(">u4").tobytes().hex() for row in lanes]
+
+
+@functools.cache
+def _compiled(mesh: Mesh | None) -> Any:
+    """Digests of a list of arrays, uint32[len, LANES], whole on every device of a mesh."""
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    def run(arrays: list[Array]) -> Array:
+        return jnp.stack([digest(x) for x in arrays])
+
+    return jax.jit(run, out_shardings=whole)
+
+
 def tree_digest(tree: Any) -> str:
     """32 hex digits that stand for all leaves of a tree, in its order."""
-    lanes = np.asarray(jax.jit(lambda leaves: [digest(x) for x in leaves])(jax.tree.leaves(tree)), np.uint32)
-    return hashlib.sha256(lanes.tobytes()).hexdigest()[:32]
+    return hashlib.sha256("".join(digests(jax.tree.leaves(tree))).encode()).hexdigest()[:32]

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from dynrec_jax.errors import ConfigError
+from dynrec_jax.parallel.rules import sharding
 
 AXES = ("data", "table", "tensor")
 
@@ -50,6 +53,80 @@ def check_model(mesh: Mesh, rows: int, heads: int) -> None:
         raise ConfigError(
             f"config.mesh.tensor: {tensor} does not divide model.heads={heads}; choose one that does"
         )
+
+
+class Feed(NamedTuple):
+    """Which part of every batch a process supplies. Processes that share a model's tensor axis supply the same part.
+
+    Attributes:
+      part: number of the part.
+      parts: how many there are.
+      pieces: a part's rows divide by this, so that each of its devices gets as many.
+      lead: whether this process speaks for the part where values are gathered.
+    """
+
+    part: int = 0
+    parts: int = 1
+    pieces: int = 1
+    lead: bool = True
+
+
+def feed(mesh: Mesh, process: int) -> Feed:
+    """The part of a batch that lies on a process's devices.
+
+    Raises:
+      ConfigError: processes hold overlapping parts, or parts of different sizes.
+    """
+    pieces = math.prod(mesh.shape[axis] for axis in AXES if axis != "tensor")
+    held: dict[int, set[int]] = {}
+    places = sharding(mesh, "batch").devices_indices_map((pieces,))
+    for device, (place,) in places.items():
+        process_index = device.process_index  # type: ignore[attr-defined] # jax.Device's stub lacks it
+        held.setdefault(process_index, set()).add(place.start or 0)
+    parts = sorted({tuple(sorted(part)) for part in held.values()})
+    if sum(map(len, parts)) != pieces or len({len(part) for part in parts}) > 1 or process not in held:
+        raise ConfigError(
+            f"config.mesh: {dict(mesh.shape)} cuts the batch across processes unevenly; choose a tensor axis that "
+            "divides the devices of a process, or is a multiple of them"
+        )
+    own = tuple(sorted(held[process]))
+    lead = min(index for index, part in held.items() if tuple(sorted(part)) == own)
+    return Feed(parts.index(own), len(parts), len(own), lead == process)
+
+
+def place_rows(mesh: Mesh, part: np.ndarray) -> jax.Array:
+    """A global array, rows over the batch axes, of which each process gives its part."""
+    spread = sharding(mesh, "batch", *(None,) * (part.ndim - 1))
+    if spread.is_fully_addressable:
+        return jax.device_put(part, spread)
+    return jax.make_array_from_process_local_data(spread, part)
+
+
+def own_rows(x: jax.Array) -> np.ndarray:
+    """The rows of a global array that `place_rows` took from this process, in their order."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+
+
+def place_same(where: NamedSharding, x: np.ndarray) -> jax.Array:
+    """A global array of which every process holds the whole, laid out as `where` says."""
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
+def sum_of_parts(mesh: Mesh, own: Feed, counts: np.ndarray) -> np.ndarray:
+    """Adds up int64 counts (of any shape, less than 2^48) that the parts of a batch have; all processes get the sum."""
+    if own.parts == 1:
+        return counts
+    spread, whole = sharding(mesh, "batch", None, *(None,) * counts.ndim), sharding(mesh)
+    halves = np.zeros((own.pieces, 2, *counts.shape), np.uint32)  # JAX counts in 32 bits
+    halves[0] = counts & 0xFFFF, counts >> 16
+    total = jax.jit(lambda x: x.sum(axis=0), out_shardings=whole)(
+        jax.make_array_from_process_local_data(spread, halves)
+    )
+    low, high = np.asarray(total).astype(np.int64)
+    return low + (high << 16)
 
 
 def _mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:

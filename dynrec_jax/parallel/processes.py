@@ -72,7 +72,7 @@ class Processes:
         if self.count == 1:
             return work()
         result: Any = None
-        own: BaseException | None = None
+        own: Exception | None = None
         try:
             result = work()
         except Exception as error:

@@ -40,14 +40,19 @@ def top_k(
 
     def inside(u_BxD: Array, table_RxD: Array, seen_BxM: Array) -> tuple[Array, Array]:
         first = jax.lax.axis_index(ITEM_AXES) * table_RxD.shape[0]
-        ids_BxK, scores_BxK = local(u_BxD, table_RxD, seen_BxM, first=first)
-        ids = jax.lax.all_gather(ids_BxK, ITEM_AXES, axis=1, tiled=True)
-        scores = jax.lax.all_gather(scores_BxK, ITEM_AXES, axis=1, tiled=True)
+        found = local(u_BxD, table_RxD, seen_BxM, first=first)
+        # Each device merges its share of the queries, so that lists travel once and not to everybody.
+        ids, scores = (
+            jax.lax.all_to_all(x_BxK, ITEM_AXES, split_axis=0, concat_axis=1, tiled=True) for x_BxK in found
+        )
         return _best(ids, scores, k)
 
-    whole, table = PartitionSpec(), PartitionSpec(ITEM_AXES)
-    merged = jax.shard_map(inside, in_specs=(whole, table, whole), out_specs=whole, check_vma=False)
-    return merged(u_BxD, table_RxD, seen_BxM)
+    whole, table, spread = PartitionSpec(), PartitionSpec(ITEM_AXES), PartitionSpec(ITEM_AXES)
+    merged = jax.shard_map(inside, in_specs=(whole, table, whole), out_specs=spread, check_vma=False)
+    batch = u_BxD.shape[0]
+    more = (0, -batch % mesh.size), (0, 0)
+    ids_BxK, scores_BxK = merged(jnp.pad(u_BxD, more), table_RxD, jnp.pad(seen_BxM, more))
+    return ids_BxK[:batch], scores_BxK[:batch]
 
 
 def _local(

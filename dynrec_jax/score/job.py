@@ -1,6 +1,7 @@
 """Scoring: recommendations for all users, or those of a file, from a run folder alone."""
 
 import dataclasses
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from dynrec_jax.data.examples import NONE
 from dynrec_jax.data.pipeline import make_splits
 from dynrec_jax.errors import ConfigError, DataError
 from dynrec_jax.evaluate.evaluator import asked
-from dynrec_jax.evaluate.recommender import GROUP_USERS, HistorySource, Recommender, groups
+from dynrec_jax.evaluate.recommender import GROUP_USERS, HistorySource, Lists, Recommender, groups
 from dynrec_jax.parallel.digest import tree_digest
+from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.score.parts import Parts
 from dynrec_jax.score.users import has_histories, new_histories, read_table
 from dynrec_jax.train.progress import Progress
 from dynrec_jax.workdir import Run
+
+_NOBODY = np.zeros(0, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +62,10 @@ class _Work:
     notes: list[str]
 
 
-def score(run: Run, out: Path, options: ScoreOptions) -> dict[str, int]:
+def score(run: Run, out: Path, options: ScoreOptions, processes: Processes = ALONE) -> dict[str, int]:
     """Writes a Parquet part for each group of users; parts that are there already are not computed again.
+
+    Several processes share the parts; `out` is a folder that all of them see.
 
     Returns:
       `users` that have a list, `parts`, and `skipped` parts.
@@ -73,28 +79,47 @@ def score(run: Run, out: Path, options: ScoreOptions) -> dict[str, int]:
         raise ConfigError(
             f"--k={options.k}: the catalogue has {run.dataset.items:,} items; give {run.dataset.items} or less"
         )
-    work = _work(run, options)
-    parts = Parts(out, _manifest(run, options), len(work.parts))
+    work = processes.agree(lambda: _work(run, options))
+    weights = tree_digest((run.params, run.tables))
+    manifest = processes.agree(lambda: _manifest(run, options, weights))
+    processes.check_same(manifest, "start all with the same flags and the same users")
+    processes.first_does(lambda: Parts(out, manifest, len(work.parts)))
+    parts = processes.agree(lambda: Parts(out, manifest, len(work.parts)))
     total = sum(len(users) for users, _ in work.parts)
-    missing = [i for i, (users, _) in enumerate(work.parts) if not parts.done(i, len(users))]
+    missing = processes.exchange(
+        [i for i, (users, _) in enumerate(work.parts) if not parts.done(i, len(users))]
+    )[0]
     recommender = Recommender(
-        run.model, run.mesh, run.config.evaluation.batch_size, options.k, options.filter_seen
+        run.model, run.mesh, run.config.evaluation.batch_size, options.k, options.filter_seen, processes
     )
-    items = run.dataset.item_ids()
-    with Progress("scoring", total, unit="users/s") as progress:
+    own, items = recommender.own, run.dataset.item_ids()
+    with Progress("scoring", total, unit="users/s", quiet=not processes.first) as progress:
         for note in work.notes:
             progress.say(note)
         if len(missing) < len(work.parts):
             progress.say(f"{len(work.parts) - len(missing)} of {len(work.parts)} parts are there already")
         done = total - sum(len(work.parts[i][0]) for i in missing)
         lists = recommender.prepare(run.params, run.tables) if missing else None
-        for part in missing:
-            users, ends = work.parts[part]
+        for start in range(0, len(missing), own.parts):
+            # All compute together, each the lists of one part; the last round may not have one for everybody.
+            round_ = missing[start : start + own.parts]
+            part = round_[own.part] if own.part < len(round_) else None
+            users, ends = (_NOBODY, _NOBODY) if part is None else work.parts[part]
             assert lists is not None
-            parts.write(part, work.ids(users), lists(work.source, users, ends), items)
-            done += len(users)
+            made = lists(work.source, users, ends)
+            processes.agree(
+                functools.partial(_write, parts, part if own.lead else None, work, users, made, items)
+            )
+            done += sum(len(work.parts[i][0]) for i in round_)
             progress.update(done)
     return {"users": total, "parts": len(work.parts), "skipped": len(work.parts) - len(missing)}
+
+
+def _write(
+    parts: Parts, part: int | None, work: _Work, users: np.ndarray, made: Lists, items: pa.Array
+) -> None:
+    if part is not None:
+        parts.write(part, work.ids(users), made, items)
 
 
 def _work(run: Run, options: ScoreOptions) -> _Work:
@@ -151,7 +176,7 @@ def _told(count: int, what: str) -> list[str]:
     return [f"{count:,} {what}"] if count else []
 
 
-def _manifest(run: Run, options: ScoreOptions) -> dict[str, Any]:
+def _manifest(run: Run, options: ScoreOptions, weights: str) -> dict[str, Any]:
     users = None if options.users is None else hashlib.sha256(options.users.read_bytes()).hexdigest()
     return {
         "format": 1,
@@ -159,7 +184,7 @@ def _manifest(run: Run, options: ScoreOptions) -> dict[str, Any]:
         "config": hashlib.sha256(configs.to_json(run.config).encode()).hexdigest(),
         "workdir": run.path.absolute().name,
         "step": run.step,
-        "weights": tree_digest((run.params, run.tables)),
+        "weights": weights,
         "k": options.k,
         "filter_seen": options.filter_seen,
         "split": options.split,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import ml_collections
 import numpy as np
 
-from dynrec_jax.errors import NonFiniteError
+from dynrec_jax.errors import MachineError, NonFiniteError
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.metrics_writer import MetricsWriter
@@ -19,6 +19,7 @@ from dynrec_jax.train.progress import Progress
 from dynrec_jax.train.state import TrainState
 
 Metrics = dict[str, Any]
+PAUSES = (2.0, 5.0, 10.0)  # seconds before another try to write the last checkpoint
 
 
 class Hook(Protocol):
@@ -134,7 +135,7 @@ class EvaluateHook:
 
 
 class CheckpointHook:
-    """Saves every n steps, at each new best, and at the end."""
+    """Saves every n steps, at each new best, and at the end; a full disk it waits out, and the run goes on."""
 
     def __init__(
         self,
@@ -147,13 +148,70 @@ class CheckpointHook:
         self._checkpoints = checkpoints
         self._evaluation = evaluation
         self._log = log
+        self._measured: tuple[int, float | None] = (0, None)  # a step and what was measured there
+        self._owed = False  # the last save that ended failed
+        self._again_at: int | None = None
 
     def __call__(self, step: int, state: TrainState, metrics: Metrics, last: bool) -> str | None:
-        """Saves state, progress and the metric in one commit."""
+        """Saves state, progress and the metric in one commit.
+
+        Raises:
+          MachineError: it is the last step, and the disk is full and stays so.
+        """
+        self._look(step, last)
         standing = self._evaluation.standing
+        if self._evaluation.value is not None:
+            self._measured = (step, self._evaluation.value)
         best = self._evaluation.value is not None and standing.get("best_step") == step
-        if last or best or step % self._every == 0:
+        again = self._again_at is not None and step >= self._again_at
+        if last or best or again or step % self._every == 0:
             check_finite(step, metrics)
-            self._log.settle()
-            self._checkpoints.save(state, step, {"step": step, "standing": standing}, self._evaluation.value)
+            self._save(step, state, last)
+        if last:
+            self._finish(step, state)
         return None
+
+    def _save(self, step: int, state: TrainState, last: bool) -> None:
+        """Starts to save; a value is claimed for the step alone at which it was measured."""
+        self._again_at = None
+        measured, value = self._measured
+        progress = {"step": step, "standing": self._evaluation.standing}
+        self._checkpoints.save(
+            state, step, progress, value if measured == step else None, before=self._log.settle
+        )
+        self._look(step, last)
+
+    def _finish(self, step: int, state: TrainState) -> None:
+        """Returns when the last state is on the disk."""
+        self._checkpoints.wait()
+        self._look(step, last=True)
+        for seconds in PAUSES:
+            if not self._owed:
+                return
+            time.sleep(seconds)
+            self._save(step, state, last=True)
+            self._checkpoints.wait()
+            self._look(step, last=True)
+        if self._owed:
+            kept = self._checkpoints.latest()
+            raise MachineError(
+                f"{self._checkpoints.folder}: the last checkpoint, of step {step}, cannot be written: the disk is "
+                "full; free some space, and the same command goes on from "
+                f"{'the start' if kept is None else f'step {kept}'}"
+            )
+
+    def _look(self, step: int, last: bool) -> None:
+        """Takes note of saves that have ended, and tells the user of a full disk and of its end."""
+        for saved, full in self._checkpoints.poll():
+            if full is not None:
+                self._owed = True
+                self._again_at = step + max(1, self._every // 10)
+                kept = self._checkpoints.latest()
+                self._checkpoints.say(
+                    f"the checkpoint of step {saved} could not be written ({full}); "
+                    f"{'there is none yet' if kept is None else f'the one of step {kept} is kept'}"
+                    f"{'' if last else f'; trying again at step {self._again_at}'}"
+                )
+            elif self._owed:
+                self._owed, self._again_at = False, None
+                self._checkpoints.say(f"step {saved}: saved; checkpoints can be written again")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
@@ -14,14 +13,16 @@ from jax.sharding import Mesh
 from dynrec_jax.batch import Batch
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.examples import NONE, Splits
-from dynrec_jax.data.pipeline import BatchSource, batches, make_splits
+from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.models.bstm import MODELS, Bstm
+from dynrec_jax.parallel.mesh import Feed, feed, place_rows, place_same, sum_of_parts
+from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.rules import sharding
 from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, Metrics
-from dynrec_jax.train.metrics_writer import MetricsWriter
+from dynrec_jax.train.metrics_writer import MetricsWriter, SilentWriter
 from dynrec_jax.train.optimizer import make_optimizer, make_row_optimizer, make_schedule
 from dynrec_jax.train.progress import Progress
 from dynrec_jax.train.state import TrainState, init_state
@@ -31,41 +32,60 @@ StepFunction = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
 
 def train(
-    config: ml_collections.ConfigDict, histories: Histories, folder: Path, mesh: Mesh
+    config: ml_collections.ConfigDict,
+    histories: Histories,
+    folder: Path,
+    mesh: Mesh,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint in `folder/checkpoints` where there is one.
+
+    Args:
+      config: of the run.
+      histories: of the shards that this process's part of the batches is drawn from.
+      folder: the run folder, which all processes see; process 0 writes there what is written once.
+      mesh: over the devices of all processes.
+      processes: that train together.
 
     Returns:
       How the run stands: `step`, and `best`, `best_step` by the validation metric.
 
     Raises:
       NonFiniteLoss: naming the step.
-      DataError: the newest checkpoint is damaged.
-      MachineError: the disk is full.
+      DataError: there are checkpoints, and none of them is good.
+      MachineError: the disk is full at the end.
     """
     splits = make_splits(histories, config)
-    source = BatchSource(histories, splits, config, multiple=mesh.size // mesh.shape["tensor"])
+    own = feed(mesh, processes.index)
+    source = BatchSource(histories, splits, config, own.pieces, own.part, own.parts)
     model = MODELS[config.model.name](config, histories.dataset.items)
     state, step_fn = setup(config, model, mesh)
     with contextlib.ExitStack() as opened:
-        checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last)
+        quiet = not processes.first
+        progress_bar = opened.enter_context(Progress("training", config.train.steps, quiet=quiet))
+        checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last, processes, progress_bar.say)
         opened.enter_context(contextlib.closing(checkpoints))
         start, standing = 0, {}
-        if (latest := checkpoints.latest()) is not None:
-            state, progress = checkpoints.restore(state, latest)
+        if (found := checkpoints.resume(state)) is not None:
+            state, progress = found
             start, standing = progress["step"], progress["standing"]
-        writer = MetricsWriter(folder, start, config.logging.tensorboard)
+        progress_bar.goes_on(start)
+        writer = (
+            MetricsWriter(folder, start, config.logging.tensorboard) if processes.first else SilentWriter()
+        )
         opened.enter_context(contextlib.closing(writer))
-        running = running_counts(config, histories, splits)
-        progress_bar = opened.enter_context(Progress("training", config.train.steps, start))
-        _announce(progress_bar, config, histories, source, state, start)
-        evaluator = _evaluator(config, histories, splits, model, mesh)
+        running = running_counts(config, histories, splits, mesh, own)
+        _announce(progress_bar, config, histories, source, state, start, processes, own)
+        evaluator = _evaluator(config, histories, splits, model, mesh, processes)
         evaluation = EvaluateHook(config, evaluator, writer, standing, progress_bar)
         log = LogHook(config, writer, progress_bar, start)
         hooks: list[Hook] = [log, evaluation, CheckpointHook(config, checkpoints, evaluation, log)]
         step = start
         if start < config.train.steps and not standing.get("stopped"):
-            stream = _on_mesh(batches(source, start, config.data.prefetch), mesh)
+            stream = batches(source, start, config.data.prefetch)
+            if processes.count > 1:
+                stream = agreed(source, stream, start, processes.exchange)
+            stream = (Batch(*(place_rows(mesh, part) for part in batch)) for batch in stream)
             left = range(start, config.train.steps)
             step = run(state, step_fn, stream, running, hooks, left, progress_bar)
         checkpoints.wait()
@@ -117,31 +137,32 @@ def run(
     return steps.stop
 
 
-def running_counts(config: ml_collections.ConfigDict, histories: Histories, splits: Splits) -> Any:
+def running_counts(
+    config: ml_collections.ConfigDict, histories: Histories, splits: Splits, mesh: Mesh, own: Feed
+) -> Any:
     """int32[R] running training counts for the popularity sampler; None where it is not used."""
     if config.loss.kind != "sampled" or config.loss.sampler != "popularity":
         return None
-    counts = histories.item_counts(splits.train_end)
+    counts = sum_of_parts(mesh, own, histories.item_counts(splits.train_end))
     # Whole numbers below 2^31, so that each item has its exact place; at least one, so that it can be drawn.
     counts = np.maximum(counts // (counts.sum() // 2**30 + 1), 1)
     counts[0] = 0
     running_R = np.full(rows_for(histories.dataset.items), counts.sum())
     running_R[: len(counts)] = np.cumsum(counts)
-    return jnp.asarray(running_R, jnp.int32)
-
-
-def _on_mesh(stream: Iterator[Batch], mesh: Mesh) -> Iterator[Batch]:
-    place = sharding(mesh, "batch", None)
-    for batch in stream:
-        yield Batch(*(jax.device_put(part, place) for part in batch))
+    return place_same(sharding(mesh), running_R.astype(np.int32))
 
 
 def _evaluator(
-    config: ml_collections.ConfigDict, histories: Histories, splits: Splits, model: Bstm, mesh: Mesh
+    config: ml_collections.ConfigDict,
+    histories: Histories,
+    splits: Splits,
+    model: Bstm,
+    mesh: Mesh,
+    processes: Processes,
 ) -> Evaluator | None:
-    if not (splits.validation != NONE).any():
+    if not any(processes.exchange(bool((splits.validation != NONE).any()))):
         return None
-    return Evaluator(histories, splits, "validation", model, config, mesh)
+    return Evaluator(histories, splits, "validation", model, config, mesh, processes)
 
 
 def _announce(
@@ -151,18 +172,24 @@ def _announce(
     source: BatchSource,
     state: TrainState,
     start: int,
+    processes: Processes,
+    own: Feed,
 ) -> None:
     dense = sum(x.size for x in jax.tree.leaves(state.params))
     rows = sum(x.size for x in jax.tree.leaves(state.tables))
-    epochs = config.train.steps * config.train.batch_size * source.filled / source.trained_users
+    told = processes.exchange([source.trained_users if own.lead else 0, source.filled if own.lead else 0.0])
+    trained_users = sum(each[0] for each in told)
+    filled = sum(each[1] for each in told) / own.parts
+    epochs = config.train.steps * config.train.batch_size * filled / trained_users
     progress.say(
-        f"{source.trained_users:,} histories train, {histories.dataset.items:,} items; "
+        f"{trained_users:,} histories train, {histories.dataset.items:,} items; "
         f"{dense:,} dense weights, {rows:,} in tables; {config.train.steps:,} steps = {epochs:.1f} epochs; "
         f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+        + (f" in {processes.count} processes" if processes.count > 1 else "")
     )
-    if source.filled < 1:
+    if filled < 1:
         progress.say(
-            f"{1 - source.filled:.0%} of the dataset's {histories.dataset.shards} shards have nobody who trains, "
+            f"{1 - filled:.0%} of the dataset's {histories.dataset.shards} shards have nobody who trains, "
             "and that share of each batch stays empty; prepare with fewer --shards"
         )
     if start:

@@ -1,5 +1,6 @@
 """Metrics over time: JSON lines, and TensorBoard where it is asked for."""
 
+import errno
 import json
 import math
 import os
@@ -9,12 +10,15 @@ from typing import Any
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.files import write_whole
 
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
 
 class MetricsWriter:
     """Appends to `metrics.jsonl`: one object a line, with `step` and scalars.
 
     Opened at a step, it drops the lines of later steps: what a killed run had reported beyond its checkpoint
-    happens again. A last line that was cut off is dropped too.
+    happens again. A last line that was cut off is dropped too. What a full disk does not take is kept, and written
+    when it does.
     """
 
     def __init__(self, folder: Path, start: int, tensorboard: bool):
@@ -31,27 +35,57 @@ class MetricsWriter:
             board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         path = folder / "metrics.jsonl"
         _rewind(path, start)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._left = b""
         self._board = board
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of scalars; the file is flushed."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """One line of scalars; it is in the file when this returns, unless the disk is full."""
+        self._left += json.dumps({"step": step, **values}).encode() + b"\n"
+        self._try()
         if self._board is not None:
             for name, value in values.items():
                 if math.isfinite(value):
                     self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Returns when what was written is on the disk."""
+        """Returns when what was written is on the disk; raises OSError where it is full."""
+        self._flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the files. Lines that a full disk has not taken are of steps that no checkpoint holds."""
+        self._try()
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+    def _try(self) -> None:
+        try:
+            self._flush()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+
+    def _flush(self) -> None:
+        while self._left:
+            self._left = self._left[self._file.write(self._left) :]
+
+
+class SilentWriter(MetricsWriter):
+    """Writes nothing: of several processes, one writes."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def _rewind(path: Path, start: int) -> None:

@@ -14,13 +14,14 @@ LOG_SECONDS = 15.0  # between lines where there is no terminal
 class Progress:
     """Progress over a number of steps, with a loss, a throughput and the time that is left."""
 
-    def __init__(self, what: str, total: int, start: int = 0, unit: str = "histories/s"):
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(self, what: str, total: int, start: int = 0, unit: str = "histories/s", quiet: bool = False):
+        """`quiet` shows nothing: of several processes, one speaks."""
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
         self._what, self._total, self._start, self._unit = what, total, start, unit
         self._began = time.perf_counter()
         self._said = 0.0
         self._bars: Bars | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not quiet:
             self._bars = Bars(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -42,6 +43,12 @@ class Progress:
     ) -> None:
         if self._bars is not None:
             self._bars.stop()
+
+    def goes_on(self, start: int) -> None:
+        """Says that so many steps had been done before."""
+        self._start = start
+        if self._bars is not None:
+            self._bars.update(self._task, completed=start)
 
     def update(self, done: int, loss: float | None = None, rate: float | None = None) -> None:
         """Tells how far the work is; a log file gets a line every few seconds."""

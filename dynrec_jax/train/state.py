@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -50,12 +51,12 @@ def init_state(
         opt_state = tx.init(trainable(model, params, tables))
         return TrainState(jnp.int32(0), params, tables, opt_state, row_state)
 
-    key = jax.random.key(seed)
     with jax.set_mesh(mesh):
         # Names are read off the boxed shapes; the state itself is made without boxes, in its place.
-        shardings = state_shardings(mesh, jax.eval_shape(boxed, key))
-        make = jax.jit(lambda key: nn.meta.unbox(boxed(key)), out_shardings=shardings)
-        return make(key), shardings
+        shardings = state_shardings(mesh, jax.eval_shape(boxed, jax.random.key(seed)))
+        # The seed as a number: an array of one process's device could not enter a program of several.
+        make = jax.jit(lambda seed: nn.meta.unbox(boxed(jax.random.key(seed))), out_shardings=shardings)
+        return make(np.uint32(seed)), shardings
 
 
 def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynrec_jax.errors import ConfigError, MachineError
+from dynrec_jax.parallel.processes import ALONE, Processes, join
 
 SHOWN = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "mrr", "coverage@10")
 
@@ -29,7 +30,10 @@ def run(values: flags.FlagValues) -> None:
     if not values.workdir:
         raise ConfigError("--workdir is missing; expected a run folder made by `dynrec train`")
     step = parse_step(values.step)
-    result = measure(Path(values.workdir), values.split, step, values.dataset, values.cache_dir)
+    processes = join()
+    result = measure(Path(values.workdir), values.split, step, values.dataset, values.cache_dir, processes)
+    if not processes.first:
+        return
     show(result)  # first: numbers that took long must not be lost with a folder that cannot be written
     write(Path(values.workdir), result)
     print(f"written to {values.workdir}/evaluation/{values.split}.json")
@@ -50,21 +54,28 @@ def measure(
     step: str | int = "best",
     dataset: str | None = None,
     cache_dir: str | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Metrics, baselines and protocol, as `write` writes them."""
+    """Metrics, baselines and protocol, as `write` writes them; several processes share the users."""
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.data.cache import Histories
     from dynrec_jax.data.pipeline import make_splits
     from dynrec_jax.evaluate.evaluator import Evaluator
     from dynrec_jax.evaluate.oracle import oracle_lists, synthetic_spec
+    from dynrec_jax.parallel.mesh import feed
 
-    opened = workdirs.open(workdir, step, dataset)
-    histories = Histories(opened.dataset, cache_dir or opened.config.data.cache_dir)
+    processes.start_jax()
+    opened = workdirs.open(workdir, step, dataset, processes)
+    own = feed(opened.mesh, processes.index)
+    shards = range(own.part, opened.dataset.shards, own.parts)
+    histories = processes.agree(
+        lambda: Histories(opened.dataset, cache_dir or opened.config.data.cache_dir, shards)
+    )
     splits = make_splits(histories, opened.config)
-    evaluator = Evaluator(histories, splits, which, opened.model, opened.config, opened.mesh)
+    evaluator = Evaluator(histories, splits, which, opened.model, opened.config, opened.mesh, processes)
     result: dict[str, Any] = {
         "split": which,
-        "users": len(evaluator.users_U),
+        "users": evaluator.users,
         "catalogue": opened.dataset.items,
         "step": opened.step,
         "protocol": evaluator.protocol(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import flags
 
 from dynrec_jax.errors import ConfigError
+from dynrec_jax.parallel.processes import join
 from dynrec_jax.verbs.evaluate import parse_step
 
 
@@ -42,7 +43,9 @@ def run(values: flags.FlagValues) -> None:
     from dynrec_jax.score.job import ScoreOptions, score
 
     step = parse_step(values.step)
-    opened = workdirs.open(values.workdir, step, values.dataset)
+    processes = join()
+    processes.start_jax()
+    opened = workdirs.open(values.workdir, step, values.dataset, processes)
     options = ScoreOptions(
         k=min(LIST_LENGTH, opened.dataset.items) if values.k is None else values.k,
         filter_seen=values.filter_seen,
@@ -50,6 +53,8 @@ def run(values: flags.FlagValues) -> None:
         users=Path(values.users) if values.users else None,
         cache_dir=values.cache_dir or "",
     )
-    done = score(opened, Path(values.out), options)
+    done = score(opened, Path(values.out), options, processes)
+    if not processes.first:
+        return
     told = f" ({done['skipped']} were there already)" if done["skipped"] else ""
     print(f"{done['users']:,} users, {done['parts']} parts in {values.out}{told}")

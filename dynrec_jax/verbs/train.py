@@ -2,13 +2,21 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from absl import flags
 
 from dynrec_jax.errors import ConfigError
+from dynrec_jax.parallel.processes import ALONE, Processes, join
 from dynrec_jax.verbs.experiment import define_config, read_config
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from dynrec_jax.data.cache import Histories
+    from dynrec_jax.data.dataset import Dataset
+    from dynrec_jax.parallel.mesh import Feed
 
 
 def define_flags() -> flags.FlagValues:
@@ -24,26 +32,71 @@ def run(values: flags.FlagValues) -> None:
     """Trains; prints where the run stands."""
     if not values.workdir:
         raise ConfigError("--workdir is missing; expected the run folder to make or to go on with")
-    train(read_config(values), Path(values.workdir), values.cache_dir)
+    processes = join()
+    config = processes.agree(lambda: read_config(values))
+    train(config, Path(values.workdir), values.cache_dir, processes)
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path, cache_dir: str | None = None) -> dict[str, Any]:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    cache_dir: str | None = None,
+    processes: Processes = ALONE,
+) -> dict[str, Any]:
     """Checks that config, dataset and run folder fit, then trains; returns how the run stands.
 
     Args:
       config: complete, locked and valid.
       workdir: the run folder, made where it is not there.
       cache_dir: memory-mapped copies of the shards; None for the config's.
+      processes: that train together; each has read its own config and sees the same run folder.
     """
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.data.cache import Histories
-    from dynrec_jax.data.dataset import open_dataset
     from dynrec_jax.data.examples import check_batch
-    from dynrec_jax.data.pipeline import make_splits, trains
-    from dynrec_jax.evaluate.evaluator import measured_ks
-    from dynrec_jax.parallel.mesh import check_model, make_mesh
+    from dynrec_jax.data.pipeline import check_trains, make_splits, trains
+    from dynrec_jax.parallel.mesh import check_model, feed, make_mesh
     from dynrec_jax.parallel.table import rows_for
     from dynrec_jax.train import loop
+
+    dataset = processes.agree(lambda: _checked_dataset(config))
+    processes.check_same(
+        _must_be_same(config, dataset), "start all with the same config, dataset and packages"
+    )
+    processes.start_jax()
+
+    def placed() -> "tuple[Mesh, Feed]":
+        mesh = make_mesh(config.mesh.data, config.mesh.table, config.mesh.tensor)
+        check_model(mesh, rows_for(dataset.items), config.model.heads)
+        own = feed(mesh, processes.index)
+        check_batch(config.train.batch_size, dataset.shards, own.parts)
+        return mesh, own
+
+    def mapped() -> "tuple[Histories, int]":
+        shards = range(own.part, dataset.shards, own.parts)
+        histories = Histories(dataset, cache_dir or config.data.cache_dir, shards)
+        return histories, int(trains(make_splits(histories, config)).sum())
+
+    mesh, own = processes.agree(placed)
+    histories, able = processes.agree(mapped)
+    check_trains(dataset, sum(processes.exchange(able)))
+    processes.first_does(lambda: workdirs.start(workdir, config, dataset))
+    with workdirs.locked(workdir, processes):
+        standing = loop.train(config, histories, workdir, mesh, processes)
+    if not processes.first:
+        return standing
+    best = standing.get("best")
+    metric = config.evaluation.metric
+    told = "" if best is None else f", best validation {metric} {best:.4f} at step {standing['best_step']}"
+    print(f"trained to step {standing['step']}{told}; next: dynrec evaluate --workdir={workdir} --split=test")
+    return standing
+
+
+def _checked_dataset(config: ml_collections.ConfigDict) -> "Dataset":
+    """The dataset folder, after all that can be checked without a device."""
+    from dynrec_jax.data.dataset import open_dataset
+    from dynrec_jax.data.examples import check_batch
+    from dynrec_jax.evaluate.evaluator import measured_ks
 
     if config.logging.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise ConfigError(
@@ -54,15 +107,16 @@ def train(config: ml_collections.ConfigDict, workdir: Path, cache_dir: str | Non
     dataset = open_dataset(Path(config.dataset))
     check_batch(config.train.batch_size, dataset.shards)
     measured_ks(config, dataset.items)
-    mesh = make_mesh(config.mesh.data, config.mesh.table, config.mesh.tensor)
-    check_model(mesh, rows_for(dataset.items), config.model.heads)
-    histories = Histories(dataset, cache_dir or config.data.cache_dir)
-    trains(histories, make_splits(histories, config))
-    workdirs.start(workdir, config, dataset)
-    with workdirs.locked(workdir):
-        standing = loop.train(config, histories, workdir, mesh)
-    best = standing.get("best")
-    metric = config.evaluation.metric
-    told = "" if best is None else f", best validation {metric} {best:.4f} at step {standing['best_step']}"
-    print(f"trained to step {standing['step']}{told}; next: dynrec evaluate --workdir={workdir} --split=test")
-    return standing
+    return dataset
+
+
+def _must_be_same(config: ml_collections.ConfigDict, dataset: "Dataset") -> dict[str, Any]:
+    """What processes that train together may not differ in; paths are each machine's own."""
+    from dynrec_jax.config import flat
+    from dynrec_jax.workdir import versions
+
+    keys = {f"config.{key}": value for key, value in flat(config).items()}
+    for own in ("config.dataset", "config.data.cache_dir"):
+        del keys[own]
+    packages = {f"version of {name}": version for name, version in versions().items()}
+    return {**keys, "content of the dataset folder": dataset.content, **packages}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dynrec_jax.data.cache import Windows
-from dynrec_jax.data.packing import first_fit, pack
+from dynrec_jax.data.packing import add_rows, first_fit, pack
 
 WIDTH = 10
 
@@ -41,16 +41,17 @@ def test_windows_never_overlap_nor_overflow(seed: int):
 def test_a_batch_holds_every_event_of_every_window_in_order(seed: int):
     lengths = np.random.default_rng(seed).integers(0, WIDTH + 1, 13)
     source = windows(lengths, seed)
-    batch = pack(source, lengths, 8, 4)
+    numbers = np.random.default_rng(seed).permutation(99)[:13] + 1
+    batch = pack(source, lengths, numbers, 8, 4)
     assert batch.items.shape[0] % 4 == 0
     assert all(part.dtype == np.int32 and part.shape == batch.items.shape for part in batch)
-    for number, length in enumerate(lengths, 1):
+    for window, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
         rows, places = np.nonzero(batch.segments == number)
         assert len(places) == length
         assert len(set(rows)) <= 1
         assert (np.diff(places) == 1).all(), "a window lies in one piece"
         for name in ("items", "times", "events"):
-            got, want = getattr(batch, name)[rows, places], getattr(source, name)[number - 1, :length]
+            got, want = getattr(batch, name)[rows, places], getattr(source, name)[window, :length]
             assert got.tolist() == want.tolist()
         assert batch.positions[rows, places].tolist() == list(range(length))
         assert batch.remaining[rows, places].tolist() == list(range(length))[::-1]
@@ -63,12 +64,24 @@ def test_a_batch_holds_every_event_of_every_window_in_order(seed: int):
 
 def test_rows_are_those_asked_for_or_the_next_multiple_up():
     one = np.array([2])
-    assert pack(windows(one), one, 8, 8).items.shape == (8, WIDTH)
+    assert pack(windows(one), one, one, 8, 8).items.shape == (8, WIDTH)
     full = np.full(9, WIDTH)
-    assert pack(windows(full), full, 8, 8).items.shape == (16, WIDTH)
-    assert pack(windows(full), full, 12, 4).items.shape == (12, WIDTH)
+    assert pack(windows(full), full, full, 8, 8).items.shape == (16, WIDTH)
+    assert pack(windows(full), full, full, 12, 4).items.shape == (12, WIDTH)
 
 
 def test_an_empty_batch_is_all_padding():
     none = np.zeros(4, np.int64)
-    assert not any(part.any() for part in pack(windows(none), none, 8, 8))
+    assert not any(part.any() for part in pack(windows(none), none, none + 1, 8, 8))
+
+
+def test_rows_that_are_added_are_padding_behind_the_others():
+    lengths = np.array([3, 2])
+    batch = pack(windows(lengths), lengths, np.array([1, 2]), 2, 2)
+    longer = add_rows(batch, 5)
+    for part, more in zip(batch, longer, strict=True):
+        assert more.shape == (5, WIDTH)
+        assert more.dtype == np.int32
+        np.testing.assert_array_equal(more[:2], part)
+        assert not more[2:].any()
+    assert add_rows(batch, 2) is batch

@@ -1,15 +1,26 @@
 """Training batches: a function of the step alone, made of training events alone."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from dynrec_jax.batch import Batch
 from dynrec_jax.data import examples
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.dataset import Dataset
-from dynrec_jax.data.pipeline import BatchSource, batches, make_splits, time_cuts
+from dynrec_jax.data.pipeline import (
+    BatchSource,
+    agreed,
+    batches,
+    check_trains,
+    make_splits,
+    time_cuts,
+    trains,
+)
+from dynrec_jax.data.prepare import PrepareOptions, prepare
 from dynrec_jax.errors import ConfigError, DataError
 
 from .. import tiny
@@ -102,10 +113,91 @@ def test_a_batch_that_does_not_fit_the_shards_is_refused(histories: Histories):
 
 
 def test_nothing_to_learn_from_is_refused(histories: Histories):
-    config = tiny.config()
-    nothing = examples.Splits(*(np.ones(histories.users, np.int64),) * 3)
+    one_event_each = examples.Splits(*(np.ones(histories.users, np.int64),) * 3)
+    assert not trains(one_event_each).any()
     with pytest.raises(DataError, match="no user has two training events"):
-        BatchSource(histories, nothing, config)
+        check_trains(histories.dataset, 0)
+    check_trains(histories.dataset, 1)
+
+
+def parts_of(dataset: Dataset, cache_dir: Path, parts: int, **changes: object) -> list[BatchSource]:
+    """The sources of several processes, each of which holds its shards alone."""
+    config = tiny.config(**changes)
+    made = []
+    for part in range(parts):
+        held = Histories(dataset, cache_dir, range(part, dataset.shards, parts))
+        made.append(BatchSource(held, make_splits(held, config), config, 1, part, parts))
+    return made
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 12])  # fewer than the shards, as many, more
+@pytest.mark.parametrize("windows", ["last", "random"])
+def test_batches_are_the_same_for_any_number_of_processes(
+    histories: Histories, tiny_dataset: Dataset, cache_dir: Path, batch_size: int, windows: str
+):
+    """The same windows under the same numbers; only how they lie in rows is each process's own."""
+    changes = {"data__windows": windows, "data__max_length": 5, "train__batch_size": batch_size}
+    alone = source(histories, **changes)
+    for parts in (2, 4):
+        if batch_size % parts:
+            with pytest.raises(ConfigError, match="do not both divide over 4 processes"):
+                parts_of(tiny_dataset, cache_dir, parts, **changes)
+            continue
+        several = parts_of(tiny_dataset, cache_dir, parts, **changes)
+        assert sum(part.trained_users for part in several) == alone.trained_users
+        for step in range(12):
+            whole: dict[int, list[int]] = {}
+            for part in several:
+                own = windows_of(part[step])
+                assert len(own) == batch_size // parts
+                assert not own.keys() & whole.keys()
+                whole |= own
+            assert whole == windows_of(alone[step])
+
+
+def test_processes_agree_on_the_rows_of_each_step(tiny_dataset: Dataset, cache_dir: Path):
+    """All get the rows that the one with the most needs, wherever they start; the batches stay what they are."""
+    changes = {"data__max_length": 30, "train__batch_size": 64, "train__steps": 70}
+    several = parts_of(tiny_dataset, cache_dir, 2, **changes)
+    for part in several:
+        part.rows = 8  # what a plan of a few steps might have said
+
+    def rows(start: int) -> list[list[int]]:
+        asked: list[list[int]] = []  # what both need, block by block
+
+        def tell(needs: list[int]) -> list[list[int]]:
+            asked.append(needs)
+            return [needs]
+
+        for part in several:
+            list(agreed(part, batches(part, start, 2), start, tell))
+        blocks = len(asked) // 2
+        found = []
+        for number, part in enumerate(several):
+            both = iter([asked[block], asked[blocks + block]] for block in range(blocks))
+            stream = list(agreed(part, batches(part, start, 2), start, lambda _, both=both: next(both)))
+            for step, batch in enumerate(stream, start):
+                assert windows_of(batch) == windows_of(part[step])
+            found.append([batch.items.shape[0] for batch in stream])
+            assert all(r >= max(part.needed(range(s, s + 1)), 8) for s, r in enumerate(found[number], start))
+        assert found[0] == found[1]
+        return found
+
+    whole = rows(0)
+    assert len(whole[0]) == 70
+    assert len(set(whole[0])) > 1, "some batches need more rows than others"
+    assert rows(67)[0] == whole[0][67:]
+
+
+def test_a_process_whose_shards_are_empty_supplies_empty_rows(tmp_path: Path):
+    (tmp_path / "log.txt").write_text("u0 a b c d\n")
+    dataset = prepare(
+        PrepareOptions(source=f"sequences:{tmp_path / 'log.txt'}", out=tmp_path / "dataset", shards=2),
+        Console(file=io.StringIO()),
+    )
+    several = parts_of(dataset, tmp_path / "cache", 2, train__batch_size=2)
+    counts = sorted(len(windows_of(part[0])) for part in several)
+    assert counts == [0, 1]
 
 
 def test_a_time_split_cuts_all_histories_at_the_same_moments(timed_dataset: Dataset, cache_dir: Path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dynrec_jax.evaluate.metrics import Coverage, ranking_metrics, ranks
+from dynrec_jax.evaluate.metrics import Coverage, rank_counts, ranking_metrics, ranks
 
 LISTS = np.array([[4, 2, 9], [1, 3, 5], [7, 0, 0], [6, 8, 2]])
 TARGETS = np.array([4, 5, 3, 8])
@@ -14,7 +14,7 @@ def test_ranks_count_from_1_and_a_miss_is_infinite():
 
 
 def test_metrics_by_hand():
-    metrics = ranking_metrics(ranks(LISTS, TARGETS), (1, 2, 3))
+    metrics = ranking_metrics(rank_counts(ranks(LISTS, TARGETS), 3), (1, 2, 3))
     gain = [1.0, 1 / 2, 1 / np.log2(3)]  # of ranks 1, 3 and 2
     assert metrics == pytest.approx(
         {
@@ -29,8 +29,13 @@ def test_metrics_by_hand():
     )
 
 
+def test_targets_are_counted_by_place():
+    assert rank_counts(ranks(LISTS, TARGETS), 3).tolist() == [1, 1, 1, 1]
+    assert rank_counts(np.array([2.0, 2.0, 9.0, np.inf]), 5).tolist() == [2, 0, 2, 0, 0, 0]
+
+
 def test_the_mean_over_nobody_is_0():
-    assert set(ranking_metrics(np.zeros(0), (5,)).values()) == {0.0}
+    assert set(ranking_metrics(rank_counts(np.zeros(0), 5), (5,)).values()) == {0.0}
 
 
 def test_coverage_is_the_share_of_items_shown():

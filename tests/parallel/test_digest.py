@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dynrec_jax.parallel.digest import digest, tree_digest
+from dynrec_jax.parallel.digest import digest, digests, tree_digest
 from dynrec_jax.parallel.mesh import make_mesh
 
 
@@ -54,6 +54,27 @@ def test_swapped_elements_and_rows_are_seen():
     before = np.asarray(digest(jnp.asarray(x)))
     assert (np.asarray(digest(jnp.asarray(x[[1, 0, 2, 3]]))) != before).any()
     assert (np.asarray(digest(jnp.asarray(x[:, [1, 0, 2]]))) != before).any()
+
+
+def test_arrays_are_digested_together_wherever_they_lie():
+    mesh = make_mesh(2, 2, 2)
+    arrays = [np.arange(16, dtype=np.float32).reshape(8, 2), np.int32(7), np.ones((2, 2, 2), np.uint8)]
+    alone = [np.asarray(digest(jnp.asarray(x))).astype(">u4").tobytes().hex() for x in arrays]
+    assert digests(arrays) == alone
+    specs = [PartitionSpec(("data", "table"), "tensor"), PartitionSpec(), PartitionSpec("data")]
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+    assert digests(placed) == alone
+    assert digests([]) == []
+
+
+@pytest.mark.parametrize("spec", [(), (("data", "table", "tensor"),)])
+def test_it_needs_no_memory_of_the_size_of_the_array(spec: tuple):
+    x = jax.ShapeDtypeStruct(
+        (65536, 8), jnp.float32, sharding=NamedSharding(make_mesh(2, 2, 2), PartitionSpec(*spec))
+    )
+    needed = jax.jit(digest).lower(x).compile().memory_analysis()
+    assert needed.temp_size_in_bytes < 10_000
+    assert needed.output_size_in_bytes == 16
 
 
 def test_a_tree_has_one_digest():

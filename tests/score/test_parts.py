@@ -11,7 +11,7 @@ import pytest
 from dynrec_jax.evaluate import recommender
 from dynrec_jax.score import job, parts
 
-from ..commands import SHARDS, Made, a_shard_each, digest, dynrec, one_line
+from ..commands import SHARDS, Made, a_shard_each, digest, dynrec, leftover, one_line
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_damaged_and_missing_parts_are_computed_again_and_leftovers_removed(shop
     paths = sorted(out.glob("part-*"))
     paths[2].write_bytes(paths[2].read_bytes()[:-20])
     paths[0].unlink()
-    (out / f".{paths[0].name}.tmp-999999999").write_bytes(b"of a process that was killed")
+    leftover(paths[0]).write_bytes(b"of a process that was killed")
     written.clear()
     assert score(shop, out) == 0
     assert written == [0, 2]
@@ -120,7 +120,7 @@ def test_the_output_of_another_job_is_refused_with_the_difference(
 def test_a_job_killed_before_its_manifest_starts_again(shop, whole, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / f".{parts.MANIFEST}.tmp-999999999").write_text("{")
+    leftover(out / parts.MANIFEST).write_text("{")
     assert score(shop, out) == 0
     assert digest(out) == whole
 

@@ -7,6 +7,7 @@ our own, with its traceback.
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -30,13 +31,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None and len(sys.argv) > 1 and sys.argv[1] in HEAVY:
         restart_with_kept_memory()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    status = report_errors(lambda: _run(given))
-    if status and several():
-        # JAX's own farewell would wait for the others, who may wait for this process.
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if several():
+        _leave(given)
+    return report_errors(lambda: _run(given))
+
+
+def _leave(arguments: list[str]) -> None:
+    """Runs a verb as one process of several; where it fails, the process ends at once.
+
+    JAX's own farewell would wait for the others, who may be waiting for this process.
+    """
+    try:
+        status = report_errors(lambda: _run(arguments))
+    except Exception:
+        traceback.print_exc()
+        print(
+            "dynrec: this process failed, perhaps since another one ended: see its log too", file=sys.stderr
+        )
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
         os._exit(status)
-    return status
+    sys.exit(0)
 
 
 def _run(arguments: list[str]) -> int:

@@ -93,8 +93,7 @@ def train_step(
 
     sums = _accumulate(part, batch, settings.accumulation)
     weight = jnp.maximum(sums.weight, 1.0)
-    dense = jax.tree.map(lambda g: g / weight, sums.dense)
-    square = optax.tree.norm(dense) ** 2
+    square = (optax.tree.norm(sums.dense) / weight) ** 2
     tables, row_state = state.tables, state.row_state
     rows = None
     if model.sampled:
@@ -105,7 +104,7 @@ def train_step(
     norm = jnp.sqrt(square)
     shrink = jnp.minimum(1.0, settings.clip_norm / jnp.maximum(norm, 1e-12)) if settings.clip_norm else 1.0
     rate = schedule(state.step)
-    dense = jax.tree.map(lambda g: g * shrink, dense)
+    dense = jax.tree.map(lambda g: g * (shrink / weight), sums.dense)
     updates, opt_state = tx.update(dense, state.opt_state, trainable(model, state.params, tables))
     updated = optax.apply_updates(trainable(model, state.params, tables), updates)
     if rows is not None:

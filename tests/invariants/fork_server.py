@@ -3,7 +3,7 @@
 A new Python spends seconds on importing JAX, a fork of this one milliseconds; and the fork is as new a process to the
 kernel, to JAX (no backend is made before the fork) and to whoever kills it. Reads JSON lines and answers each:
 
-    {"start": ["train", …], "log": FILE, "learn": BOOL}  ->  {"pid": N}, with a session of its own
+    {"start": ["train", …], "log": FILE, "learn": BOOL}  ->  {"pid": N}, in a process group of its own
     {"wait": N, "seconds": S}  ->  {"status": N}: negative for a signal, null where it still runs
 
 `learn` lets the command add what it compiles to JAX's cache. JAX does not write its entries whole or not at all, so a
@@ -39,6 +39,7 @@ def serve() -> dict[str, Any] | None:
         if "start" not in request:
             answer = {"status": wait(request["wait"], request["seconds"])}
         elif pid := os.fork():
+            os.setpgid(pid, pid)  # here, so that the group is there before anybody kills it
             answer = {"pid": pid}
         else:
             return request
@@ -61,7 +62,6 @@ def wait(pid: int, seconds: float) -> int | None:
 
 def command(arguments: list[str], log: str, learn: bool) -> int:
     """Runs `dynrec` in this process; returns its exit status."""
-    os.setsid()
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard, place in enumerate((os.open(os.devnull, os.O_RDONLY), out, out)):
         os.dup2(place, standard)

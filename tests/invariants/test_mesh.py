@@ -48,7 +48,9 @@ def test_gradients_are_the_same_on_any_mesh(kind: str, sizes: tuple[int, int, in
     assert_same(kind, one_step.step(kind, tiny.mesh(*sizes)), str(sizes))
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [("full", "2x2x2"), ("sampled", "8x1x1")])
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("sampled", "8x1x1"), pytest.param("full", "2x2x2", marks=pytest.mark.slow)]
+)
 def test_gradients_are_the_same_in_two_processes(kind: str, sizes: str, tmp_path: Path):
     out = tmp_path / "found.npz"
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -15,7 +15,7 @@ from absl import flags
 
 from dynrec_jax.allocator import restart_with_kept_memory
 from dynrec_jax.errors import ConfigError, one_line, report_errors
-from dynrec_jax.parallel.processes import several
+from dynrec_jax.parallel.processes import COUNT, several
 
 VERBS = {
     "prepare": "raw logs to a dataset folder",
@@ -72,6 +72,8 @@ def _run(arguments: list[str]) -> int:
     if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in arguments[1:]):
         print(_help(verb, module))
         return 0
+    if several() and verb not in HEAVY:
+        raise ConfigError(f"{verb} runs in one process, and this is one of several ({COUNT}); start one")
     values = _parse(verb, module, arguments[1:])
     module.run(values)
     return 0

@@ -28,8 +28,15 @@ processes=()
 end_all() {
   kill "-$1" "${processes[@]}" 2>/dev/null || true
 }
-trap 'end_all TERM; exit 143' TERM
-trap 'end_all INT; exit 130' INT
+stop() {
+  trap - TERM INT
+  end_all TERM # not INT, which the shell has its background processes ignore
+  (sleep 5 && end_all KILL) >/dev/null 2>&1 &
+  wait "${processes[@]}" 2>/dev/null || true
+  exit "$1"
+}
+trap 'stop 143' TERM
+trap 'stop 130' INT
 
 for ((index = 0; index < number; index++)); do
   JAX_PROCESS_ID="$index" dynrec "$@" &

@@ -132,7 +132,8 @@ class Evaluator:
             counts += rank_counts(ranks(made.ids, self.targets_U[part]), k)
             coverage.add(made.ids)
         counts = self._sum(counts)
-        coverage.shown = {at: self._sum(shown.astype(np.int64)) > 0 for at, shown in coverage.shown.items()}
+        shown = self._sum(np.stack(list(coverage.shown.values())).astype(np.int64)) > 0
+        coverage.shown = dict(zip(coverage.shown, shown, strict=True))
         return {**ranking_metrics(counts, self.ks), **coverage.metrics()}
 
     def protocol(self) -> dict[str, Any]:

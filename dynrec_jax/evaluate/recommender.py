@@ -99,12 +99,9 @@ class Recommender:
         self.k = k
         self.own: Feed = feed(mesh, processes.index)
         self._batch_size = -(-batch_size // (self.own.parts * self.own.pieces)) * self.own.pieces
-        self._catalogue = jax.jit(self._finite_catalogue)
+        self._catalogue = jax.jit(model.catalogue)
+        self._finite = jax.jit(lambda table_RxD: jnp.isfinite(table_RxD).all())
         self._list = jax.jit(self._recommend)
-
-    def _finite_catalogue(self, params: Any, tables: Any) -> Any:
-        table_RxD = self._model.catalogue(params, tables)
-        return table_RxD, jnp.isfinite(table_RxD).all()
 
     def _recommend(self, params: Any, tables: Any, table_RxD: Any, items_BxL: Any, seen_BxM: Any) -> Any:
         rows_BxLxD = lookup(tables[ID_TABLE], items_BxL)
@@ -121,8 +118,10 @@ class Recommender:
           NonFiniteScores: an item vector is not finite; the function raises it for users' vectors and scores.
         """
         with jax.set_mesh(self.mesh):
-            table_RxD, finite = self._catalogue(params, tables)
-            if not bool(finite):
+            table_RxD = tables[ID_TABLE]
+            if not self._model.table_is_catalogue:
+                table_RxD = self._catalogue(params, tables)
+            if not bool(self._finite(table_RxD)):
                 raise NonFiniteScores("item vectors are not finite")
 
         def batch(items_BxL: jax.Array, seen_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:

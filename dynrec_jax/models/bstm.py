@@ -96,6 +96,11 @@ class Bstm:
         """Vectors of items in ABRA's space from their table rows, `[..., D]`."""
         return self.abra.unit(self.towers.apply({"params": params}, rows, method=Towers.items))
 
+    @property
+    def table_is_catalogue(self) -> bool:
+        """Whether `catalogue` is the id table as it stands, so that nobody needs to hold a second one."""
+        return not self.abra.normalise
+
     def catalogue(self, params: Any, tables: dict[str, Array]) -> Array:
         """All item vectors, `[R, D]`, ready to be scored."""
         return self.item_vectors(params, tables[ID_TABLE])

@@ -1,7 +1,8 @@
 """The mesh of devices: named axes, made once at the start of a run."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,10 +37,22 @@ def make_mesh(data: int = -1, table: int = 1, tensor: int = 1) -> Mesh:
 
 
 def usable_mesh(rows: int) -> Mesh:
-    """A mesh of as many devices as a table of `rows` divides over; all of them where their number is a power of two."""
-    devices = jax.devices()
-    number = next(n for n in range(len(devices), 0, -1) if rows % n == 0)
-    return _mesh((number, 1, 1), devices[:number])
+    """A mesh of as many devices as a table of `rows` divides over; all of them where their number is a power of two.
+
+    Raises:
+      ConfigError: it does not divide over the processes.
+    """
+    held: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        held.setdefault(device.process_index, []).append(device)
+    fewest = min(map(len, held.values()))
+    each = next((n for n in range(fewest, 0, -1) if rows % (n * len(held)) == 0), None)
+    if each is None:
+        raise ConfigError(
+            f"{len(held)} processes: item tables of {rows} rows do not divide over them; start a power of two"
+        )
+    devices = [device for own in held.values() for device in own[:each]]
+    return _mesh((len(devices), 1, 1), devices)
 
 
 def check_model(mesh: Mesh, rows: int, heads: int) -> None:
@@ -122,11 +135,14 @@ def sum_of_parts(mesh: Mesh, own: Feed, counts: np.ndarray) -> np.ndarray:
     spread, whole = sharding(mesh, "batch", None, *(None,) * counts.ndim), sharding(mesh)
     halves = np.zeros((own.pieces, 2, *counts.shape), np.uint32)  # JAX counts in 32 bits
     halves[0] = counts & 0xFFFF, counts >> 16
-    total = jax.jit(lambda x: x.sum(axis=0), out_shardings=whole)(
-        jax.make_array_from_process_local_data(spread, halves)
-    )
+    total = _sum(whole)(jax.make_array_from_process_local_data(spread, halves))
     low, high = np.asarray(total).astype(np.int64)
     return low + (high << 16)
+
+
+@functools.cache
+def _sum(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x.sum(axis=0), out_shardings=where)
 
 
 def _mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:

@@ -8,14 +8,18 @@ The launcher sets three environment variables: `JAX_COORDINATOR_ADDRESS` (`host:
 `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (from 0).
 """
 
+import contextlib
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dynrec_jax.errors import ConfigError, DataError, MachineError, NonFiniteError, UserError, one_line
+from dynrec_jax.files import temporary_name
 
 Result = TypeVar("Result")
 
@@ -103,11 +107,34 @@ class Processes:
             more = f" and {len(told) - 3} more" if len(told) > 3 else ""
             raise ConfigError(f"the processes differ: {'; '.join(told[:3])}{more}; {advice}")
 
+    def check_shared(self, folder: Path) -> None:
+        """Raises ConfigError where a process does not see what process 0 writes to a folder."""
+        if self.count == 1:
+            return
+        # A temporary name: what is left where this is killed is cleared like any file that was not finished.
+        name = self.exchange(temporary_name(folder / f"shared-{secrets.token_hex(8)}").name)[0]
+        self.first_does((folder / name).touch)
+
+        def look() -> None:
+            if not (folder / name).exists():
+                raise ConfigError(
+                    f"{folder}: this process does not see what process 0 writes there; give all the same folder, on a "
+                    "disk that they share"
+                )
+
+        try:
+            self.agree(look)
+        finally:
+            if self.first:
+                (folder / name).unlink(missing_ok=True)
+
     def start_jax(self) -> None:
         """Joins JAX's own cluster of the same processes; before anything touches a device."""
         if self.count > 1:
             import jax
 
+            # With it, JAX would catch the first SIGTERM and go on; nobody here asks it about preemption.
+            jax.config.update("jax_enable_preemption_service", False)
             jax.distributed.initialize(
                 self._jax_at,
                 self.count,
@@ -159,11 +186,13 @@ def _read(environment: Mapping[str, str]) -> tuple[str, int, int]:
             raise ConfigError(f"{name}={text!r}: expected a number; the launcher sets it for every process")
         numbers[name] = int(text)
     count, index = numbers[COUNT], numbers[INDEX]
+    if count < 1:
+        raise ConfigError(f"{COUNT}={count}: expected 1 or more")
     if index >= count:
         raise ConfigError(f"{INDEX}={index}: expected 0 to {count - 1}, since {COUNT}={count}")
     address = environment.get(ADDRESS, "")
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or int(port) >= 2**16:
         raise ConfigError(f"{ADDRESS}={address!r}: expected host:port of process 0, since {COUNT}={count}")
     return address, count, index
 
@@ -173,6 +202,7 @@ class _Line:
 
     def __init__(self, connection: socket.socket, who: str):
         self._connection, self.who = connection, who
+        _keep_alive(connection)
         self._file = connection.makefile("rb")
 
     def send(self, value: Any) -> None:
@@ -201,6 +231,14 @@ class _Line:
     def _gone(self, error: OSError | None) -> MachineError:
         reason = f" ({one_line(error)})" if error else ""
         return MachineError(f"{self.who} has ended{reason}; its own log says why")
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Has the kernel notice within a minute that the other machine is gone; it would take hours by itself."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, seconds in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
 
 
 def _gather(host: str, port: int, count: int, deadline: float, seconds: float) -> Processes:
@@ -254,7 +292,8 @@ def _gather(host: str, port: int, count: int, deadline: float, seconds: float) -
 def _refuse(peers: dict[int, _Line], fault: Exception) -> Exception:
     """Tells those that have come, who are to end as well."""
     for line in peers.values():
-        line.send({"fault": [type(fault).__name__, str(fault)]})
+        with contextlib.suppress(MachineError):  # that one has ended by itself
+            line.send({"fault": [type(fault).__name__, str(fault)]})
     return fault
 
 
@@ -271,10 +310,9 @@ def _call(host: str, port: int, index: int, count: int, deadline: float, seconds
                     f"({one_line(error)}); see whether it was started, and whether {ADDRESS} names its machine"
                 ) from None
             time.sleep(0.1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     zero = _Line(connection, f"process 0 of {count}")
     zero.send({"process": index, "processes": count})
-    zero.wait(deadline + 10.0)  # process 0 may have started a little later
+    zero.wait(time.monotonic() + seconds + 10.0)  # process 0 counts from its own start
     answer = zero.receive()
     zero.wait(None)
     if "fault" in answer:

@@ -84,6 +84,7 @@ def score(run: Run, out: Path, options: ScoreOptions, processes: Processes = ALO
     manifest = processes.agree(lambda: _manifest(run, options, weights))
     processes.check_same(manifest, "start all with the same flags and the same users")
     processes.first_does(lambda: Parts(out, manifest, len(work.parts)))
+    processes.check_shared(out)
     parts = processes.agree(lambda: Parts(out, manifest, len(work.parts)))
     total = sum(len(users) for users, _ in work.parts)
     missing = processes.exchange(

@@ -314,6 +314,8 @@ def open_model(
         try:
             variables = reader.read(known[candidate], {"model": abstract})["model"]
         except Damaged as fault:
+            if _is_gone(folder / str(candidate), processes):  # a run beside us has retired it
+                return open_model(folder, abstract, step, say, processes)
             damaged[candidate] = Damaged(str(fault))  # without the traceback, which holds the arrays
             continue
         for number, told in damaged.items() if processes.first else ():
@@ -322,6 +324,10 @@ def open_model(
         return variables, candidate
     first = next(iter(damaged))
     raise DataError(_refusal(folder / str(first), damaged[first]))
+
+
+def _is_gone(checkpoint: Path, processes: Processes) -> bool:
+    return bool(processes.exchange(not checkpoint.is_dir() if processes.first else None)[0])
 
 
 def _candidates(known: Mapping[int, Found], step: str | int) -> list[int]:

@@ -88,8 +88,10 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
     function = _row_gradients if model.sampled else _dense_gradients
 
-    def part(number: Array, batch: Batch) -> Gradients:
-        return function(model, state, batch, running_R, jax.random.fold_in(key, number), settings)
+    def part(batch: Batch) -> Gradients:
+        # One key for all parts: dropout goes by a window's number in the whole batch, and the parts share negatives.
+        # Which windows make a part depends on how they lie in rows, and nothing may depend on that.
+        return function(model, state, batch, running_R, key, settings)
 
     sums = _accumulate(part, batch, settings.accumulation)
     weight = jnp.maximum(sums.weight, 1.0)
@@ -121,26 +123,26 @@ def train_step(
     return TrainState(state.step + 1, updated["params"], tables, opt_state, row_state), metrics
 
 
-def _accumulate(part: Callable[[Array, Batch], Gradients], batch: Batch, parts: int) -> Gradients:
+def _accumulate(part: Callable[[Batch], Gradients], batch: Batch, parts: int) -> Gradients:
     if parts == 1:
-        return part(jnp.int32(0), batch)
+        return part(batch)
 
     def split(x: Array) -> Array:
         # Every parts-th row: each device keeps its share of every part.
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     stacked = jax.tree.map(split, batch)
-    first = jax.eval_shape(part, jnp.int32(0), jax.tree.map(lambda x: x[0], stacked))
+    first = jax.eval_shape(part, jax.tree.map(lambda x: x[0], stacked))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
-    def add(carry: Any, each: tuple[Array, Batch]) -> tuple[Any, tuple[Array, Array]]:
-        sums = part(*each)
+    def add(carry: Any, each: Batch) -> tuple[Any, tuple[Array, Array]]:
+        sums = part(each)
         loss, weight, dense = carry
         dense = jax.tree.map(jnp.add, dense, sums.dense)
         return (loss + sums.loss, weight + sums.weight, dense), (sums.ids, sums.rows)
 
     start = (zero.loss, zero.weight, zero.dense)
-    (loss, weight, dense), (ids, rows) = jax.lax.scan(add, start, (jnp.arange(parts), stacked))
+    (loss, weight, dense), (ids, rows) = jax.lax.scan(add, start, stacked)
     return Gradients(loss, weight, dense, ids.reshape(-1), rows.reshape(-1, rows.shape[-1]))
 
 

@@ -81,6 +81,7 @@ def train(
     histories, able = processes.agree(mapped)
     check_trains(dataset, sum(processes.exchange(able)))
     processes.first_does(lambda: workdirs.start(workdir, config, dataset))
+    processes.check_shared(workdir)
     with workdirs.locked(workdir, processes):
         standing = loop.train(config, histories, workdir, mesh, processes)
     if not processes.first:

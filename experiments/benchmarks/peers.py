@@ -18,6 +18,9 @@ scoring   Users a second: the best 100 items after the whole history of every us
 memory    The most that the process ever held, as the operating system counts it; of dynrec the larger of its two
           commands.
 
+Each runs as its users run it: dynrec tells glibc's malloc to keep its memory (`dynrec_jax/allocator.py`), which the
+others do not. Started with GLIBC_TUNABLES set as it is there, this gives all of them the same.
+
 Prints medians, the spread over the rounds, and ratios, whose spread is that of the rounds' ratios. JSON, where --out is
 given, has the wall time of whole commands too (`rounds`). A peer that cannot be installed, or fails, is named and left
 out, and the exit status is 1.
@@ -93,16 +96,13 @@ class Bench:
         return self.folder / "histories.npz"
 
 
-# --- processes
-
-
 def run(command: list[str], log: Path, **environment: str) -> tuple[float, float]:
     """Runs a command to its end; returns its wall time in seconds and its peak memory in GB.
 
     The kernel counts this process's own memory in until the child has become its program, so this one stays small.
 
     Raises:
-      PeerFailed: with the end of what it said.
+      PeerFailed: with the last line of what it said.
     """
     began = time.perf_counter()
     with log.open("wb") as file:
@@ -113,7 +113,8 @@ def run(command: list[str], log: Path, **environment: str) -> tuple[float, float
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise PeerFailed(f"{Path(command[0]).name} ended with {process.returncode}: " + "\n".join(said[-5:]))
+        last = said[-1] if said else "it said nothing"
+        raise PeerFailed(f"{Path(command[0]).name} ended with {process.returncode}: {last}")
     return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
 
 
@@ -127,9 +128,6 @@ def install(python: Path, packages: dict[str, str], log: Path) -> None:
     if any(there.get(name, "").split("+")[0] != version for name, version in packages.items()):
         wanted = [f"{name}{'[torch]' if name == 'rectools' else ''}=={v}" for name, v in packages.items()]
         run([str(python), "-m", "pip", "install", "--quiet", *wanted], log)
-
-
-# --- the data
 
 
 def prepare(bench: Bench, source: str) -> dict[str, Any]:
@@ -154,9 +152,6 @@ def prepare(bench: Bench, source: str) -> dict[str, Any]:
     return {"source": source, "users": dataset.users, "items": dataset.items, "events": dataset.events}
 
 
-# --- one peer, one round
-
-
 def run_script(bench: Bench, peer: str, round_: int) -> Measured:
     """A peer whose script trains, scores and writes what it measured."""
     settings, result = bench.folder / "settings.json", bench.folder / f"{peer}-{round_}.json"
@@ -164,7 +159,7 @@ def run_script(bench: Bench, peer: str, round_: int) -> Measured:
     script = [HERE / f"peers_{peer}.py", bench.histories, settings, result]
     wall, memory = run([str(bench.python), *map(str, script)], result.with_suffix(".log"))
     measured = json.loads(result.read_text(encoding="utf-8"))
-    return {**measured, "memory": memory, "seconds": {"all": wall}}
+    return {**measured, "memory": memory, "seconds": wall}
 
 
 def dynrec(verb: str) -> list[str]:
@@ -211,7 +206,8 @@ def run_dynrec(bench: Bench, peer: str, round_: int) -> Measured:
         "scoring": watched["users"] / (watched["seconds"] - watched["compiling"]),
         "memory": max(train_memory, memory),
         "loss": logged[-1]["loss"],
-        "seconds": {"train": train_wall, "score": wall, "score, opened": watched},
+        "train": {"seconds": train_wall, "memory": train_memory},
+        "score": {"seconds": wall, "memory": memory, "once open": watched},
         "versions": json.loads((workdir / "run.json").read_text(encoding="utf-8"))["versions"],
     }
 
@@ -260,9 +256,6 @@ def covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-# --- the result
-
-
 def spread(values: list[float]) -> dict[str, float]:
     """Median, lowest and highest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
@@ -288,7 +281,7 @@ def summarise(rounds: dict[str, list[Measured]]) -> dict[str, Any]:
 
 def show(console: Console, summary: dict[str, Any], peers: list[str]) -> None:
     """Prints the table."""
-    table = Table("", *peers, *(f"dynrec / {peer}" for peer in peers if peer != "dynrec"))
+    table = Table("", *peers, *(f"dynrec / {peer}" for peer in summary["ratios"]["training"]))
     for measure, unit in UNITS.items():
         digits = 2 if unit == "GB" else 0
         cells = [_told(summary[measure][peer], digits) for peer in peers]
@@ -310,6 +303,7 @@ def machine() -> dict[str, Any]:
         "processor": names[0].split(":", 1)[1].strip() if names else platform.processor(),
         "system": platform.platform(),
         "load before": os.getloadavg(),
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
     }
 
 

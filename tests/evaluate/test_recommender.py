@@ -105,3 +105,20 @@ def test_one_score_for_all_users_is_sorted_without_what_each_has_seen(histories:
         seen = set(histories.windows(np.array([user]), histories.lengths[[user]], 64).items[0].tolist())
         wanted = [item for item in order.tolist() if item not in seen][:K]
         assert found.ids[at].tolist() == wanted + [0] * (K - len(wanted))
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_second_table_is_held_only_where_vectors_are_not_the_rows(normalise: bool):
+    model, params, tables = tiny.bstm(ITEMS, model__normalise=normalise)
+    np.testing.assert_equal(
+        np.array_equal(jax.jit(model.catalogue)(params, tables), tables["item_id"]), model.table_is_catalogue
+    )
+    made = Recommender(model, tiny.mesh(1, 1, 1), 8, K, True)
+
+    def held() -> int:
+        return sum(x.shape == tables["item_id"].shape for x in jax.live_arrays())
+
+    before = held()
+    run = made.prepare(params, tables)
+    assert held() - before == int(normalise)
+    del run

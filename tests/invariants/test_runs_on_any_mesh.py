@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ RUN = {
     "model__heads": 2,
     "data__windows": "random",
     "train__steps": STEPS,
+    "train__accumulation": 2,  # which windows make a part depends on the mesh, and no number may
     "train__checkpoint_every": 8,
     "train__evaluate_every": 10,
     "logging__every": 1,
@@ -262,6 +264,22 @@ class TestRefusals:
             assert line.startswith("dynrec: process 1: nowhere")
         assert not (tmp_path / "run").exists()
 
+    def test_a_run_folder_that_is_not_shared(self, prepared, tmp_path):
+        runs = [
+            ["train", f"--config={prepared[1]}", f"--workdir={tmp_path / name}"] for name in ("one", "other")
+        ]
+        for status, line, _ in start(runs):
+            assert status == 2
+            assert "this process does not see what process 0 writes there" in line
+        assert not any(path.name.startswith(".shared") for path in (tmp_path / "one").iterdir())
+
+    def test_a_verb_of_one_process(self, tmp_path):
+        prepare = ["prepare", "--source=synthetic:users=9,items=20,seed=0", f"--out={tmp_path / 'dataset'}"]
+        for status, line, _ in start([prepare, prepare]):
+            assert status == 2
+            assert "prepare runs in one process" in line
+        assert not (tmp_path / "dataset").exists()
+
     @pytest.mark.slow
     def test_a_process_that_never_comes(self, prepared, tmp_path):
         train = ["train", f"--config={prepared[1]}", f"--workdir={tmp_path / 'run'}"]
@@ -270,3 +288,36 @@ class TestRefusals:
         assert "process 1 of 2 did not come within 45 s" in line
         assert seconds < 60
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_that_is_stopped_leaves_no_process(
+    prepared: tuple[Path, Path], tmp_path: Path, how: signal.Signals
+):
+    train = [
+        "train",
+        f"--config={prepared[1]}",
+        "--config.train.steps=100000",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    launcher = subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "local.sh"), "2", *train],
+        env=environment(4),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not (tmp_path / "run" / "checkpoints" / "8").exists():
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    running = subprocess.run(
+        ["pgrep", "-f", f"workdir={tmp_path / 'run'}"], capture_output=True, text=True, check=True
+    )
+    launcher.send_signal(how)
+    assert launcher.wait(timeout=30) == 128 + how
+    left = subprocess.run(
+        ["pgrep", "-f", f"dynrec.*workdir={tmp_path / 'run'}"], capture_output=True, check=False
+    )
+    assert len(running.stdout.split()) >= 3, "the launcher and two processes"
+    assert left.stdout == b""

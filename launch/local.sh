@@ -32,7 +32,9 @@ stop() {
   trap - TERM INT
   end_all TERM # not INT, which the shell has its background processes ignore
   (sleep 5 && end_all KILL) >/dev/null 2>&1 &
+  local killer=$!
   wait "${processes[@]}" 2>/dev/null || true
+  kill "$killer" 2>/dev/null || true # it must not outlive what it was to kill: numbers are given anew
   exit "$1"
 }
 trap 'stop 143' TERM

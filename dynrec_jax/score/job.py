@@ -83,12 +83,14 @@ def score(run: Run, out: Path, options: ScoreOptions, processes: Processes = ALO
     weights = tree_digest((run.params, run.tables))
     manifest = processes.agree(lambda: _manifest(run, options, weights))
     processes.check_same(manifest, "start all with the same flags and the same users")
-    processes.first_does(lambda: Parts(out, manifest, len(work.parts)))
+    # Process 0 makes the folder; the others find it.
+    made_parts = processes.agree(lambda: Parts(out, manifest, len(work.parts)) if processes.first else None)
     processes.check_shared(out)
-    parts = processes.agree(lambda: Parts(out, manifest, len(work.parts)))
+    parts = processes.agree(lambda: made_parts or Parts(out, manifest, len(work.parts)))
     total = sum(len(users) for users, _ in work.parts)
+    counts = enumerate(len(users) for users, _ in work.parts)
     missing = processes.exchange(
-        [i for i, (users, _) in enumerate(work.parts) if not parts.done(i, len(users))]
+        [i for i, rows in counts if not parts.done(i, rows)] if processes.first else None
     )[0]
     recommender = Recommender(
         run.model, run.mesh, run.config.evaluation.batch_size, options.k, options.filter_seen, processes

@@ -19,6 +19,7 @@ from dynrec_jax.parallel.table import lazy_adam
 from dynrec_jax.train import manifest, saving
 from dynrec_jax.train.checkpoint import Checkpoints, open_model
 from dynrec_jax.train.state import TrainState
+from dynrec_jax.train.verified import Reader
 
 from .. import tiny
 
@@ -439,3 +440,25 @@ def test_another_fault_of_a_save_is_raised(tmp_path: Path, monkeypatch: pytest.M
         checkpoints.wait()
     checkpoints.close()
     assert steps(tmp_path) == ["1"]
+
+
+def test_a_checkpoint_that_a_run_retires_meanwhile_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What was listed is gone when it is read: the next one is opened, and nothing is said."""
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in (1, 2):
+        checkpoints.save(state_of(step), step, {"step": step}, None)
+    checkpoints.close()
+    scan = Reader.scan
+
+    def late(self: Reader) -> Any:
+        found = scan(self)
+        shutil.rmtree(tmp_path / "2", ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(Reader, "scan", late)
+    said: list[str] = []
+    variables, step = open_model(tmp_path, abstract(), "last", said.append)
+    assert (step, said) == (1, [])
+    equal(variables, {"params": state_of(1).params, "tables": state_of(1).tables})

@@ -66,7 +66,8 @@ def full_softmax(at: Positions, table_RxD: Array, blocks: stream.Blocks, dtype: 
     The target's score uses the row that was looked up, so that its gradient takes the way of the rows.
     """
     cast_u, cast_v = at.query.astype(dtype), table_RxD.astype(dtype)
-    normaliser = stream.logsumexp_sum(cast_u, at.weight, at.number, cast_v, blocks)
+    with jax.named_scope("softmax"):  # the name that profiles show
+        normaliser = stream.logsumexp_sum(cast_u, at.weight, at.number, cast_v, blocks)
     target_P = _target_scores(at.query, at.vector, blocks.scale, dtype)
     return normaliser - jnp.sum(jnp.where(at.weight != 0, at.weight * target_P, 0.0))
 
@@ -95,7 +96,8 @@ def sampled_softmax(
         return jnp.sum(jnp.where(weight_Q != 0, weight_Q * (z_Q - target_score_Q), 0.0))
 
     parts = tuple(stream.split_positions(x, size) for x in (at.query, at.vector, at.target, at.weight))
-    return jnp.sum(jax.lax.map(block, parts))
+    with jax.named_scope("softmax"):
+        return jnp.sum(jax.lax.map(block, parts))
 
 
 def _target_scores(u_PxD: Array, v_PxD: Array, scale: float, dtype: jnp.dtype) -> Array:

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,19 @@ if PLATFORM == "cpu":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+PEAK = 1e12
+
+
+@pytest.fixture(scope="session", autouse=True)
+def given_peak() -> Iterator[float]:
+    """Operations a second that the host is said to make: nothing is measured in tests."""
+    from dynrec_jax.train import peak  # here, because JAX starts with it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peak, "measured", lambda: PEAK)
+        yield PEAK
 
 
 @pytest.fixture(scope="session")

@@ -116,7 +116,7 @@ def test_json_gives_the_config_back(tmp_path: Path):
         ('{"train": {"stepz": 3}}', "unknown key train.stepz"),
         ('{"train": 3}', "train is 3; expected a JSON object"),
         ('{"train": {"steps": "many"}}', "train.steps"),
-        ('{"train": {"steps": 12}}', "has no data.cache_dir"),
+        ('{"train": {"steps": 12}}', "has no compiled_dir, data.cache_dir"),
     ],
 )
 def test_a_stored_config_that_is_not_one_is_refused(tmp_path: Path, text: str, said: str):

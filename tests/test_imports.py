@@ -13,7 +13,7 @@ LAYERS: list[set[str]] = [
     {""},  # dynrec_jax itself: its version
     {"errors"},
     {"config", "batch", "allocator", "files"},
-    {"data", "parallel"},
+    {"data", "parallel", "compiled"},
     {"losses"},
     {"models"},
     {"evaluate"},

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from dynrec_jax.data.arrow import numbers, to_arrow
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.errors import DataError, MachineError
 
@@ -110,14 +111,19 @@ class Histories:
 
     def ids_of(self, users_U: np.ndarray) -> list[str]:
         """Ids of some users."""
-        ids = np.empty(len(users_U), object)
+        return self.id_column(users_U).to_pylist()
+
+    def id_column(self, users_U: np.ndarray) -> pa.Array:
+        """Ids of some users as Arrow's strings."""
+        found, places = [pa.nulls(0, pa.large_string())], [np.zeros(0, np.int64)]
         first = 0
         for batch in self._batches:
             here = np.nonzero((users_U >= first) & (users_U < first + batch.num_rows))[0]
             if len(here):
-                ids[here] = batch.column("user_id").take(pa.array(users_U[here] - first)).to_pylist()
+                found.append(batch.column("user_id").take(to_arrow(users_U[here] - first)))
+                places.append(here)
             first += batch.num_rows
-        return ids.tolist()
+        return pa.concat_arrays(found).take(to_arrow(np.argsort(np.concatenate(places))))
 
     def windows(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> Windows:
         """The last `size` events before event number `end` of each user; a user of -1 gives an empty row."""
@@ -136,7 +142,7 @@ class Histories:
         events = self._gather("events", user_B, at_BxW, inside) if self.dataset.has_events else zeros
         return Windows(items, times, events)
 
-    def seen(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> np.ndarray:
+    def last_items(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> np.ndarray:
         """int32[B, size], the items of `windows` alone."""
         real_B = users_B >= 0
         ends_B = np.where(real_B, ends_B, 0)
@@ -158,7 +164,7 @@ class Histories:
         parts = []
         for batch in self._batches:
             column = batch.column("times")
-            early = np.concatenate([[0], np.cumsum(column.values.to_numpy(zero_copy_only=True) < moment)])
+            early = np.concatenate([[0], np.cumsum(numbers(column.values) < moment)])
             offsets = _offsets(column)
             parts.append(early[offsets[1:]] - early[offsets[:-1]])
         return self._join(parts)
@@ -186,15 +192,15 @@ class Histories:
             if starts_U is not None:
                 chosen &= at >= np.repeat(starts_U[users], length)
             if since is not None:
-                chosen &= batch.column("times").values.to_numpy(zero_copy_only=True) >= since
-            items = column.values.to_numpy(zero_copy_only=True)
+                chosen &= numbers(batch.column("times").values) >= since
+            items = numbers(column.values)
             counts += np.bincount(items[chosen], minlength=len(counts))
         return counts
 
 
 def _offsets(column: pa.Array) -> np.ndarray:
     """int64[rows + 1]; a null list has no elements."""
-    return column.offsets.to_numpy().astype(np.int64, copy=False)
+    return numbers(column.offsets).astype(np.int64, copy=False)
 
 
 def _build(dataset: Dataset, cache_dir: Path, shards: range) -> Path:

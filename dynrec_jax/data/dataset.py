@@ -118,7 +118,7 @@ class Dataset:
             raw = (self.path / name).read_bytes()
             if hashlib.sha256(raw).hexdigest() != self.info["files"][name]["sha256"]:
                 raise DataError(f"{self.path / name}: its SHA-256 is not the one in {INFO}; {AGAIN}")
-            return pq.read_table(pa.BufferReader(raw))
+            return pq.ParquetFile(pa.BufferReader(raw)).read()  # `read_table` imports pandas first
         except (OSError, pa.ArrowException) as error:
             cause = str(error).split("\n", 1)[0]
             raise DataError(f"{self.path / name}: not readable as Parquet ({cause}); {AGAIN}") from error

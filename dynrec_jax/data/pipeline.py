@@ -108,7 +108,7 @@ class BatchSource:
         self.trained_users = len(self._user)
         self.filled = float((self._count[part::parts] > 0).mean())
         self.width = config.data.max_length + 1
-        self._multiple = math.lcm(multiple * config.train.accumulation, 8)
+        self._multiple = math.lcm(multiple * max(config.train.accumulation, 1), 8)
         self.rows = self.needed(range(min(PLANNED_STEPS, len(self))))
 
     def needed(self, steps: range) -> int:

@@ -167,7 +167,7 @@ class Evaluator:
         for start in range(0, len(order), size):
             place = order[start : start + size]
             longest = int(self.ends_U[place].max())
-            seen = self._histories.seen(self.users_U[place], self.ends_U[place], longest)
+            seen = self._histories.last_items(self.users_U[place], self.ends_U[place], longest)
             count += int((seen == self.targets_U[place][:, None]).any(axis=1).sum())
         return count
 

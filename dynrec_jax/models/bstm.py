@@ -16,8 +16,9 @@ from flax import linen as nn
 from dynrec_jax import losses
 from dynrec_jax.batch import PAD, Batch
 from dynrec_jax.models.abra import Abra, Recommendation
+from dynrec_jax.models.attention import Direction
 from dynrec_jax.models.item_encoder import ID_TABLE, ItemEncoder, init_tables
-from dynrec_jax.models.user_encoder import Direction, Moments, UserEncoder, moments
+from dynrec_jax.models.user_encoder import Moments, UserEncoder, moments
 
 Array = jax.Array
 
@@ -42,11 +43,13 @@ class Towers(nn.Module):
     user: UserEncoder
     item: ItemEncoder
 
-    def __call__(self, rows_BxLxD: Array, at: Moments, direction: Direction = "forward") -> Array:
-        """User vectors `[B, L, D]` from the rows of a history's items."""
+    def __call__(
+        self, rows_BxLxD: Array, at: Moments, direction: Direction = "forward", read_B: Array | None = None
+    ) -> Array:
+        """User vectors `[B, L, D]` from the rows of a history's items, or `[B, 1, D]`, those of `read` alone."""
         v_BxLxD = self.item(rows_BxLxD)
         # Rows have about unit length; the encoder's residual stream wants about unit elements.
-        return self.user(v_BxLxD * v_BxLxD.shape[-1] ** 0.5, at, direction)
+        return self.user(v_BxLxD * v_BxLxD.shape[-1] ** 0.5, at, direction, read_B)
 
     def items(self, rows: Array) -> Array:
         """Item vectors `[..., D]` from table rows."""
@@ -150,10 +153,10 @@ class Bstm:
 
     def last_vector(self, params: Any, rows_BxLxD: Array, items_BxL: Array) -> Array:
         """The interest after the last event of each history, `[B, D]`; an empty history gives zeros."""
-        u_BxLxD = self.user_vectors(params, rows_BxLxD, moments(items_BxL))
-        length_B = (items_BxL != PAD).sum(axis=1)
-        last_Bx1x1 = jnp.maximum(length_B - 1, 0)[:, None, None]
-        u_BxD = jnp.take_along_axis(u_BxLxD, last_Bx1x1, axis=1)[:, 0]
+        length_B = (items_BxL != PAD).sum(axis=1, dtype=jnp.int32)
+        last_B = jnp.maximum(length_B - 1, 0)
+        u_Bx1xD = self.towers.apply({"params": params}, rows_BxLxD, moments(items_BxL), read_B=last_B)
+        u_BxD = u_Bx1xD[:, 0]
         return jnp.where(length_B[:, None] > 0, u_BxD, 0.0)
 
     def recommend(

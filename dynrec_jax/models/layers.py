@@ -1,16 +1,41 @@
 """Blocks of the user encoder and what they are made of.
 
-A block maps `[B, L, D]` to `[B, L, D]` under a mask `[B, L, L]` that says which positions may look at which, with
-counters `[B, L]` for dropout. The config names it; `BLOCKS` at the end lists the names.
+A block maps `[B, L, D]` to `[B, L, D]`, or to the vectors that are wanted alone, `[B, 1, D]`, given where the events
+stand. The config names it; `BLOCKS` at the end lists the names.
 """
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dynrec_jax.models.attention import Direction, attention, attention_at, bounds
+
 Array = jax.Array
+
+
+class Places(NamedTuple):
+    """What a block knows of the events besides their vectors.
+
+    Attributes:
+      reach: int32[B, L], how many events before it (backward: behind it) an event may look at.
+      counters: uint32[B, L], numbers of the events that dropout's bits are made from.
+      direction: of the traversal.
+      read: int32[B], the only position of each row whose vector is wanted; None for all of them.
+    """
+
+    reach: Array
+    counters: Array
+    direction: Direction
+    read: Array | None = None
+
+    def wanted(self, x: Array) -> Array:
+        """What is wanted of an array `[B, L, …]`: all of it, or `[B, 1, …]`."""
+        if self.read is None:
+            return x
+        return jnp.take_along_axis(x, self.read.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
 
 
 def token_counters(segments_BxL: Array, positions_BxL: Array) -> Array:
@@ -90,44 +115,68 @@ class LayerNorm(nn.Module):
         return (y * scale_D.reshape(lead) + bias_D.reshape(lead)).astype(x.dtype)
 
 
-def dense(
-    features: int | tuple[int, ...], names: tuple[str, ...], dtype: Any, name: str, axis: Any = -1
-) -> Any:
-    """A linear map without bias whose kernel carries logical axis names."""
-    init = nn.with_logical_partitioning(nn.initializers.variance_scaling(1.0, "fan_in", "normal"), names)
-    return nn.DenseGeneral(
-        features, axis=axis, use_bias=False, kernel_init=init, dtype=dtype, param_dtype=jnp.float32, name=name
-    )
+class Dense(nn.Module):
+    """A linear map of the last axes, without bias, whose kernel carries logical axis names.
+
+    Attributes:
+      features: sizes of the axes that come out.
+      names: logical names of the kernel's axes, those that go in first.
+      dtype: of the product.
+      inputs: how many axes go in.
+    """
+
+    features: tuple[int, ...]
+    names: tuple[str, ...]
+    dtype: Any
+    inputs: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        lead, contracted = x.shape[: -self.inputs], x.shape[-self.inputs :]
+
+        def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            # fan_in of all axes that go in: those of a head and the heads.
+            flat = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+            return flat(key, (math.prod(contracted), math.prod(self.features)), dtype).reshape(shape)
+
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, self.names),
+            (*contracted, *self.features),
+            jnp.float32,
+        )
+        # One axis of positions: with two, XLA's gradient of the kernel takes twice as long on CPU.
+        flat_x = x.reshape(-1, *contracted).astype(self.dtype)
+        y = jnp.tensordot(flat_x, kernel.astype(self.dtype), self.inputs)
+        return y.reshape(*lead, *self.features)
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017); softmax in float32.
-
-    A position that may look at nothing (padding in the backward traversal) gets a mean that nobody reads.
-    """
+    """Multi-head attention (Vaswani et al. 2017) of a history over itself; gives what is wanted of it."""
 
     heads: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxLxD: Array, mask_BxLxL: Array) -> Array:
+    def __call__(self, x_BxLxD: Array, at: Places) -> Array:
         dim = x_BxLxD.shape[-1]
         each = dim // self.heads
-        names = ("embed", "heads", "head_dim")
 
-        def project(name: str) -> Array:
-            # Heads before length: the products below are then plain batched matrix products, which run two to
-            # three times faster on CPU than with the head axis inside.
-            return dense((self.heads, each), names, self.dtype, name)(x_BxLxD).swapaxes(1, 2)
+        def project(name: str, x: Array) -> Array:
+            # Heads before length: the products are then plain batched matrix products, which run two to three
+            # times faster on CPU than with the head axis inside.
+            kernel = Dense((self.heads, each), ("embed", "heads", "head_dim"), self.dtype, name=name)
+            return kernel(x).swapaxes(1, 2)
 
-        q_BxHxLxE = project("query") * each**-0.5
-        s_BxHxLxL = jnp.einsum(
-            "bhqe,bhke->bhqk", q_BxHxLxE, project("key"), preferred_element_type=jnp.float32
-        )
-        s_BxHxLxL = jnp.where(mask_BxLxL[:, None], s_BxHxLxL, -1e30)
-        p_BxHxLxL = jax.nn.softmax(s_BxHxLxL, axis=-1).astype(self.dtype)
-        y_BxLxHxE = jnp.einsum("bhqk,bhke->bhqe", p_BxHxLxL, project("value")).swapaxes(1, 2)
-        return dense(dim, ("heads", "head_dim", "embed"), self.dtype, "out", axis=(-2, -1))(y_BxLxHxE)
+        q_BxHxQxE = project("query", at.wanted(x_BxLxD)) * each**-0.5
+        k_BxHxLxE, v_BxHxLxE = project("key", x_BxLxD), project("value", x_BxLxD)
+        if at.read is None:
+            y_BxHxQxE = attention(q_BxHxQxE, k_BxHxLxE, v_BxHxLxE, at.reach, at.direction)
+        else:
+            low_B, high_B = (at.wanted(bound_BxL)[:, 0] for bound_BxL in bounds(at.reach, at.direction))
+            y_BxHxQxE = attention_at(q_BxHxQxE[:, :, 0], k_BxHxLxE, v_BxHxLxE, low_B, high_B)[:, :, None]
+        out = Dense((dim,), ("heads", "head_dim", "embed"), self.dtype, inputs=2, name="out")
+        return out(y_BxHxQxE.swapaxes(1, 2))
 
 
 class SeedBlock(nn.Module):
@@ -139,13 +188,14 @@ class SeedBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxLxD: Array, mask_BxLxL: Array, counters_BxL: Array) -> Array:
+    def __call__(self, x_BxLxD: Array, at: Places) -> Array:
         dim = x_BxLxD.shape[-1]
         hidden = round(dim * self.feedforward)
-        a_BxLxD = Attention(self.heads, self.dtype, name="attention")(x_BxLxD, mask_BxLxL)
+        a_BxLxD = Attention(self.heads, self.dtype, name="attention")(x_BxLxD, at)
+        x_BxLxD, counters_BxL = at.wanted(x_BxLxD), at.wanted(at.counters)
         x_BxLxD = LayerNorm(name="attention_norm")(x_BxLxD + Dropout(self.dropout)(a_BxLxD, counters_BxL))
-        h_BxLxF = nn.relu(dense(hidden, ("embed", "hidden"), self.dtype, "up")(x_BxLxD))
-        y_BxLxD = dense(dim, ("hidden", "embed"), self.dtype, "down")(h_BxLxF)
+        h_BxLxF = nn.relu(Dense((hidden,), ("embed", "hidden"), self.dtype, name="up")(x_BxLxD))
+        y_BxLxD = Dense((dim,), ("hidden", "embed"), self.dtype, name="down")(h_BxLxF)
         return LayerNorm(name="feedforward_norm")(x_BxLxD + Dropout(self.dropout)(y_BxLxD, counters_BxL))
 
 
@@ -161,17 +211,18 @@ class PrenormBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxLxD: Array, mask_BxLxL: Array, counters_BxL: Array) -> Array:
+    def __call__(self, x_BxLxD: Array, at: Places) -> Array:
         dim = x_BxLxD.shape[-1]
         hidden = max(8, round(dim * self.feedforward * 2 / 3 / 8) * 8)
         a_BxLxD = Attention(self.heads, self.dtype, name="attention")(
-            RmsNorm(name="attention_norm")(x_BxLxD), mask_BxLxL
+            RmsNorm(name="attention_norm")(x_BxLxD), at
         )
+        x_BxLxD, counters_BxL = at.wanted(x_BxLxD), at.wanted(at.counters)
         x_BxLxD = x_BxLxD + Dropout(self.dropout)(a_BxLxD, counters_BxL)
         h_BxLxD = RmsNorm(name="feedforward_norm")(x_BxLxD)
-        gate_BxLxF = nn.silu(dense(hidden, ("embed", "hidden"), self.dtype, "gate")(h_BxLxD))
-        h_BxLxF = gate_BxLxF * dense(hidden, ("embed", "hidden"), self.dtype, "up")(h_BxLxD)
-        y_BxLxD = dense(dim, ("hidden", "embed"), self.dtype, "down")(h_BxLxF)
+        gate_BxLxF = nn.silu(Dense((hidden,), ("embed", "hidden"), self.dtype, name="gate")(h_BxLxD))
+        h_BxLxF = gate_BxLxF * Dense((hidden,), ("embed", "hidden"), self.dtype, name="up")(h_BxLxD)
+        y_BxLxD = Dense((dim,), ("hidden", "embed"), self.dtype, name="down")(h_BxLxF)
         return x_BxLxD + Dropout(self.dropout)(y_BxLxD, counters_BxL)
 
 

@@ -1,17 +1,17 @@
 """The user encoder: a vector of interest for every position of a history."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from dynrec_jax.batch import PAD
-from dynrec_jax.models.layers import BLOCKS, Dropout, LayerNorm, token_counters
+from dynrec_jax.models.attention import Direction
+from dynrec_jax.models.layers import BLOCKS, Dropout, LayerNorm, Places, token_counters
 from dynrec_jax.parallel.rules import constrain
 
 Array = jax.Array
-Direction = Literal["forward", "backward"]
 
 
 class Moments(NamedTuple):
@@ -33,26 +33,14 @@ def moments(items_BxL: Array) -> Moments:
     return Moments(real_BxL.astype(jnp.int32), jnp.where(real_BxL, at_L, 0))
 
 
-def traversal_mask(segments_BxL: Array, direction: Direction) -> Array:
-    """bool[B, L, L], which position (row) may look at which (column).
-
-    Forward, a position looks at itself and what came before; backward, at itself and what came after; both within
-    their history. Padding is looked at by nobody.
-    """
-    at_L = jnp.arange(segments_BxL.shape[1])
-    earlier_LxL = at_L[:, None] >= at_L[None, :]
-    may_LxL = earlier_LxL if direction == "forward" else earlier_LxL.T
-    same_BxLxL = segments_BxL[:, :, None] == segments_BxL[:, None, :]
-    return may_LxL[None] & same_BxLxL & (segments_BxL[:, None, :] != 0)
-
-
 class UserEncoder(nn.Module):
     """A Transformer over item vectors; the same weights read a history in either direction.
 
     A learned direction vector tells the traversals apart; positions count from where a traversal starts.
 
-    Call: `x_BxLxD` item vectors, `at` where they stand, `direction` -> `[B, L, D]`, in float32. Dropout is active
-    where the rng stream "dropout" is given.
+    Call: `x_BxLxD` item vectors, `at` where they stand, `direction` -> `[B, L, D]`, in float32. Where `read_B` names
+    one position of each row, only its vector `[B, 1, D]` is made: the last block then spends nothing on the others.
+    Dropout is active where the rng stream "dropout" is given.
     """
 
     max_length: int
@@ -64,7 +52,9 @@ class UserEncoder(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxLxD: Array, at: Moments, direction: Direction = "forward") -> Array:
+    def __call__(
+        self, x_BxLxD: Array, at: Moments, direction: Direction = "forward", read_B: Array | None = None
+    ) -> Array:
         dim = x_BxLxD.shape[-1]
         named = nn.with_logical_partitioning
         small = nn.initializers.normal(0.02)
@@ -77,10 +67,13 @@ class UserEncoder(nn.Module):
         counters_BxL = token_counters(at.segments, at.positions)
         x_BxLxD = Dropout(self.dropout)(x_BxLxD, counters_BxL).astype(self.dtype)
         x_BxLxD = constrain(x_BxLxD, "batch", None, None)
-        mask_BxLxL = traversal_mask(at.segments, direction)
+        # A window lies in one piece, so what a traversal has read of it is what an event may look at.
+        places = Places(at.positions, counters_BxL, direction)
         for layer in range(self.layers):
             block = BLOCKS[self.block](
                 self.heads, self.feedforward, self.dropout, self.dtype, name=f"block_{layer}"
             )
-            x_BxLxD = constrain(block(x_BxLxD, mask_BxLxL, counters_BxL), "batch", None, None)
+            if layer == self.layers - 1:
+                places = places._replace(read=read_B)
+            x_BxLxD = constrain(block(x_BxLxD, places), "batch", None, None)
         return LayerNorm(name="norm")(x_BxLxD).astype(jnp.float32)

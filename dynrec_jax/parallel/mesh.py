@@ -84,13 +84,18 @@ class Feed(NamedTuple):
     lead: bool = True
 
 
+def row_pieces(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch lie; those along the tensor axis hold the same rows."""
+    return math.prod(mesh.shape[axis] for axis in AXES if axis != "tensor")
+
+
 def feed(mesh: Mesh, process: int) -> Feed:
     """The part of a batch that lies on a process's devices.
 
     Raises:
       ConfigError: processes hold overlapping parts, or parts of different sizes.
     """
-    pieces = math.prod(mesh.shape[axis] for axis in AXES if axis != "tensor")
+    pieces = row_pieces(mesh)
     held: dict[int, set[int]] = {}
     places = sharding(mesh, "batch").devices_indices_map((pieces,))
     for device, (place,) in places.items():

@@ -19,7 +19,8 @@ def rows_for(items: int) -> int:
 
 def lookup(table_RxD: jax.Array, ids: jax.Array) -> jax.Array:
     """The rows of `ids` (any shape): `[..., D]`. Ids must lie in 0 .. R-1; padding gives row 0."""
-    return jnp.take(table_RxD, ids, axis=0, mode="clip")
+    with jax.named_scope("lookup"):
+        return jnp.take(table_RxD, ids, axis=0, mode="clip")
 
 
 def merge(ids_M: jax.Array, gradients_MxD: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:

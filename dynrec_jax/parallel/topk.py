@@ -85,14 +85,13 @@ def _local(
         # Negative places would count from the end: send what lies before this block behind it.
         place_BxM = jnp.where(seen_BxM >= start, seen_BxM - start, size)
         s_BxC = s_BxC.at[each_B, place_BxM].set(-jnp.inf, mode="drop")
-        ids_BxC = jnp.broadcast_to(row_C[None, :], s_BxC.shape)
         if number == 1 and size >= k:
-            return _best(ids_BxC, s_BxC, k), None
-        joined = (
-            jnp.concatenate([carry[0], ids_BxC], axis=1),
-            jnp.concatenate([carry[1], s_BxC], axis=1),
-        )
-        return _best(*joined, k), None
+            best_BxK, place_BxK = jax.lax.top_k(s_BxC, k)
+            return (_named(start + place_BxK, best_BxK), best_BxK), None
+        best_BxK, place_BxK = jax.lax.top_k(jnp.concatenate([carry[1], s_BxC], axis=1), k)
+        kept_BxK = jnp.take_along_axis(carry[0], jnp.minimum(place_BxK, k - 1), axis=1)
+        ids_BxK = jnp.where(place_BxK < k, kept_BxK, start + place_BxK - k)
+        return (_named(ids_BxK, best_BxK), best_BxK), None
 
     empty = (jnp.zeros((batch, k), jnp.int32), jnp.full((batch, k), -jnp.inf, jnp.float32))
     if number == 1:
@@ -103,4 +102,9 @@ def _local(
 def _best(ids: Array, scores: Array, k: int) -> tuple[Array, Array]:
     best_BxK, place_BxK = jax.lax.top_k(scores, k)
     ids_BxK = jnp.take_along_axis(ids, place_BxK, axis=1)
-    return jnp.where(jnp.isneginf(best_BxK), 0, ids_BxK), best_BxK
+    return _named(ids_BxK, best_BxK), best_BxK
+
+
+def _named(ids: Array, scores: Array) -> Array:
+    """The ids; 0 where the score says that there is no item."""
+    return jnp.where(jnp.isneginf(scores), 0, ids)

@@ -1,8 +1,9 @@
 """Scoring: recommendations for all users, or those of a file, from a run folder alone."""
 
 import dataclasses
-import functools
 import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class _Work:
     """
 
     source: HistorySource
-    ids: Any
+    ids: Callable[[np.ndarray], pa.Array]
     parts: list[tuple[np.ndarray, np.ndarray]]
     notes: list[str]
 
@@ -96,13 +97,16 @@ def score(run: Run, out: Path, options: ScoreOptions, processes: Processes = ALO
         run.model, run.mesh, run.config.evaluation.batch_size, options.k, options.filter_seen, processes
     )
     own, items = recommender.own, run.dataset.item_ids()
-    with Progress("scoring", total, unit="users/s", quiet=not processes.first) as progress:
+    quiet = not processes.first
+    with Progress("scoring", total, unit="users/s", quiet=quiet) as progress, ThreadPoolExecutor(1) as pool:
         for note in work.notes:
             progress.say(note)
         if len(missing) < len(work.parts):
             progress.say(f"{len(work.parts) - len(missing)} of {len(work.parts)} parts are there already")
         done = total - sum(len(work.parts[i][0]) for i in missing)
         lists = recommender.prepare(run.params, run.tables) if missing else None
+        # A part is written while the next is computed; one at a time, so that no more than two are held.
+        writing: Future[None] | None = None
         for start in range(0, len(missing), own.parts):
             # All compute together, each the lists of one part; the last round may not have one for everybody.
             round_ = missing[start : start + own.parts]
@@ -110,10 +114,13 @@ def score(run: Run, out: Path, options: ScoreOptions, processes: Processes = ALO
             users, ends = (_NOBODY, _NOBODY) if part is None else work.parts[part]
             assert lists is not None
             made = lists(work.source, users, ends)
-            processes.agree(
-                functools.partial(_write, parts, part if own.lead else None, work, users, made, items)
-            )
+            if writing is not None:
+                processes.agree(writing.result)
+                progress.update(done)
+            writing = pool.submit(_write, parts, part if own.lead else None, work, users, made, items)
             done += sum(len(work.parts[i][0]) for i in round_)
+        if writing is not None:
+            processes.agree(writing.result)
             progress.update(done)
     return {"users": total, "parts": len(work.parts), "skipped": len(work.parts) - len(missing)}
 
@@ -138,11 +145,11 @@ def _work(run: Run, options: ScoreOptions) -> _Work:
         chosen, notes = _known(stored, table.column("user_id").to_pylist(), options.users)
         kept = chosen[ends_U[chosen] != NONE]
         notes += _told(len(chosen) - len(kept), without)
-        return _Work(stored, stored.ids_of, _chunks(kept, ends_U[kept]), notes)
+        return _Work(stored, stored.id_column, _chunks(kept, ends_U[kept]), notes)
     ranges = [np.arange(group.start, group.stop) for group in groups(stored)]
     users = [each[ends_U[each] != NONE] for each in ranges]
     notes = _told(stored.users - sum(map(len, users)), without)
-    return _Work(stored, stored.ids_of, [(each, ends_U[each]) for each in users], notes)
+    return _Work(stored, stored.id_column, [(each, ends_U[each]) for each in users], notes)
 
 
 def _work_of_file(run: Run, options: ScoreOptions, table: pa.Table) -> _Work:
@@ -155,7 +162,10 @@ def _work_of_file(run: Run, options: ScoreOptions, table: pa.Table) -> _Work:
     notes += _told(histories.empty_users, "users without a known item left out")
     ids = histories.users
     return _Work(
-        histories, lambda u: [ids[i] for i in u], _chunks(np.arange(len(ids)), histories.lengths), notes
+        histories,
+        lambda users: pa.array([ids[i] for i in users], pa.string()),
+        _chunks(np.arange(len(ids)), histories.lengths),
+        notes,
     )
 
 

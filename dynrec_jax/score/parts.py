@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dynrec_jax.data.arrow import to_arrow
 from dynrec_jax.errors import ConfigError, MachineError
 from dynrec_jax.evaluate.recommender import Lists
 from dynrec_jax.files import is_temporary, remove_temporary, temporary_name, write_whole
@@ -71,7 +72,7 @@ class Parts:
         except (OSError, pa.ArrowException):
             return False
 
-    def write(self, part: int, users: list[str], lists: Lists, items: pa.Array) -> None:
+    def write(self, part: int, users: pa.Array, lists: Lists, items: pa.Array) -> None:
         """Writes a part under a temporary name and renames it when it is on the disk.
 
         Raises:
@@ -93,13 +94,13 @@ class Parts:
             temporary.unlink(missing_ok=True)
 
 
-def to_table(users: list[str], lists: Lists, items: pa.Array) -> pa.Table:
+def to_table(users: pa.Array, lists: Lists, items: pa.Array) -> pa.Table:
     """Columns user_id, item_ids, scores; places that could not be filled are left out of the lists."""
     real = lists.ids > 0
-    offsets = pa.array(np.concatenate([[0], np.cumsum(real.sum(axis=1))]), pa.int32())
-    ids = items.take(pa.array(lists.ids[real].astype(np.int64) - 1)).cast(pa.string())
-    scores = pa.array(lists.scores[real], pa.float32())
-    columns = [pa.array(users, pa.string()), pa.ListArray.from_arrays(offsets, ids)]
+    offsets = to_arrow(np.concatenate([[0], np.cumsum(real.sum(axis=1))]).astype(np.int32))
+    ids = items.take(to_arrow(lists.ids[real] - 1)).cast(pa.string())
+    scores = to_arrow(lists.scores[real])
+    columns = [users.cast(pa.string()), pa.ListArray.from_arrays(offsets, ids)]
     return pa.Table.from_arrays([*columns, pa.ListArray.from_arrays(offsets, scores)], schema=SCHEMA)
 
 

@@ -40,7 +40,7 @@ class NewHistories:
         """int64[U], events of each history."""
         return np.diff(self.starts)
 
-    def seen(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> np.ndarray:
+    def last_items(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> np.ndarray:
         """int32[B, size], the items of `windows` alone."""
         return self.windows(users_B, ends_B, size).items
 

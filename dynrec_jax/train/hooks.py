@@ -14,11 +14,13 @@ import numpy as np
 from dynrec_jax.errors import MachineError, NonFiniteError
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.train.checkpoint import Checkpoints
+from dynrec_jax.train.flops import Utilisation
 from dynrec_jax.train.metrics_writer import MetricsWriter
 from dynrec_jax.train.progress import Progress
 from dynrec_jax.train.state import TrainState
 
 Metrics = dict[str, Any]
+CLOCK = ("histories_per_second", "utilisation")  # of the log: what differs between runs that are the same
 PAUSES = (2.0, 5.0, 10.0)  # seconds before another try to write the last checkpoint
 
 
@@ -47,16 +49,27 @@ def check_finite(step: int, metrics: Metrics) -> dict[str, float]:
 
 
 class LogHook:
-    """Checks every step's metrics, writes every n-th, and moves the progress display."""
+    """Checks every step's metrics, writes every n-th, and moves the progress display.
+
+    Rates are those since the line before, with whatever the run did besides: evaluations and checkpoints too.
+    """
 
     def __init__(
-        self, config: ml_collections.ConfigDict, writer: MetricsWriter, progress: Progress, start: int
+        self,
+        config: ml_collections.ConfigDict,
+        writer: MetricsWriter,
+        progress: Progress,
+        start: int,
+        utilisation: Utilisation | None = None,
     ):
+        """`utilisation` is None where the devices' peak is not known."""
         self._every = config.logging.every
         self._batch = config.train.batch_size
         self._writer = writer
         self._progress = progress
+        self._utilisation = utilisation
         self._since = (start, time.perf_counter())
+        self._targets = self._attended = 0.0  # since then
         self._before: tuple[int, Metrics] | None = None
 
     def __call__(self, step: int, state: TrainState, metrics: Metrics, last: bool) -> str | None:
@@ -77,13 +90,21 @@ class LogHook:
 
     def _report(self, step: int, metrics: Metrics, last: bool) -> None:
         values = check_finite(step, metrics)
+        self._targets += values["targets"]
+        self._attended += values.pop("attended")
         if step % self._every and not last:
             return
         now = time.perf_counter()
-        rate = (step - self._since[0]) * self._batch / max(now - self._since[1], 1e-9)
-        self._since = (step, now)
-        self._writer.write(step, {**values, "histories_per_second": rate})
-        self._progress.update(step, values["loss"], rate)
+        seconds = max(now - self._since[1], 1e-9)
+        rate, share = (step - self._since[0]) * self._batch / seconds, None
+        clock = {"histories_per_second": rate}
+        if self._utilisation is not None:
+            share = self._utilisation.share(self._targets, self._attended, seconds)
+        if share is not None:
+            clock["utilisation"] = share
+        self._since, self._targets, self._attended = (step, now), 0.0, 0.0
+        self._writer.write(step, {**values, **clock})
+        self._progress.update(step, values["loss"], rate, share)
 
 
 class EvaluateHook:

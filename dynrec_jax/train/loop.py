@@ -16,14 +16,16 @@ from dynrec_jax.data.examples import NONE, Splits
 from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.models.bstm import MODELS, Bstm
-from dynrec_jax.parallel.mesh import Feed, feed, place_rows, place_same, sum_of_parts
+from dynrec_jax.parallel.mesh import Feed, feed, place_rows, place_same, row_pieces, sum_of_parts
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.rules import sharding
 from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.checkpoint import Checkpoints
+from dynrec_jax.train.flops import Utilisation, training_cost
 from dynrec_jax.train.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, Metrics
 from dynrec_jax.train.metrics_writer import MetricsWriter, SilentWriter
 from dynrec_jax.train.optimizer import make_optimizer, make_row_optimizer, make_schedule
+from dynrec_jax.train.peak import peak_of_process
 from dynrec_jax.train.progress import Progress
 from dynrec_jax.train.state import TrainState, init_state
 from dynrec_jax.train.step import StepSettings, compile_step
@@ -78,7 +80,7 @@ def train(
         _announce(progress_bar, config, histories, source, state, start, processes, own)
         evaluator = _evaluator(config, histories, splits, model, mesh, processes)
         evaluation = EvaluateHook(config, evaluator, writer, standing, progress_bar)
-        log = LogHook(config, writer, progress_bar, start)
+        log = LogHook(config, writer, progress_bar, start, utilisation(config, model, state, processes))
         hooks: list[Hook] = [log, evaluation, CheckpointHook(config, checkpoints, evaluation, log)]
         step = start
         if start < config.train.steps and not standing.get("stopped"):
@@ -96,21 +98,26 @@ def setup(config: ml_collections.ConfigDict, model: Bstm, mesh: Mesh) -> tuple[T
     """A fresh state on the mesh and the compiled step that goes with it."""
     tx, row_tx = make_optimizer(config), make_row_optimizer(config)
     state, shardings = init_state(model, tx, row_tx, mesh, config.seed)
-    settings = StepSettings(
-        seed=config.seed,
-        accumulation=config.train.accumulation,
-        clip_norm=config.train.clip_norm,
-        negatives=config.loss.negatives,
-        logq=config.loss.logq,
-    )
     fixed = {
         "model": model,
         "tx": tx,
         "row_tx": row_tx,
         "schedule": make_schedule(config),
-        "settings": settings,
+        "settings": step_settings(config, mesh),
     }
     return state, compile_step(mesh, shardings, **fixed)
+
+
+def step_settings(config: ml_collections.ConfigDict, mesh: Mesh) -> StepSettings:
+    """What the config and the devices say of a step."""
+    return StepSettings(
+        seed=config.seed,
+        accumulation=config.train.accumulation,
+        clip_norm=config.train.clip_norm,
+        negatives=config.loss.negatives,
+        logq=config.loss.logq,
+        pieces=row_pieces(mesh) if mesh.devices.flat[0].platform == "cpu" else 0,
+    )
 
 
 def run(
@@ -135,6 +142,17 @@ def run(
                 hook(done, state, metrics, True)
             return done
     return steps.stop
+
+
+def utilisation(
+    config: ml_collections.ConfigDict, model: Bstm, state: TrainState, processes: Processes
+) -> Utilisation | None:
+    """How the log tells what share of the peak of all processes is used; None where a peak is not known."""
+    processes.exchange(None)  # so that processes of one machine measure at the same time, and share it
+    peaks = processes.exchange(peak_of_process(config.model.dtype))
+    if None in peaks:
+        return None
+    return Utilisation(training_cost(model, state.params, config.loss.negatives), sum(peaks))
 
 
 def running_counts(

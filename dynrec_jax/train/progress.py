@@ -50,13 +50,16 @@ class Progress:
         if self._bars is not None:
             self._bars.update(self._task, completed=start)
 
-    def update(self, done: int, loss: float | None = None, rate: float | None = None) -> None:
-        """Tells how far the work is; a log file gets a line every few seconds."""
+    def update(
+        self, done: int, loss: float | None = None, rate: float | None = None, share: float | None = None
+    ) -> None:
+        """Tells how far the work is; a log file gets a line every few seconds. `share` is of the devices' peak."""
         note = " ".join(
             part
             for part in (
                 "" if loss is None else f"loss {loss:.4f}",
                 "" if rate is None else f"{rate:,.0f} {self._unit}",
+                "" if share is None else f"{share:.0%} of peak",
             )
             if part
         )

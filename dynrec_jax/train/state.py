@@ -13,6 +13,9 @@ from dynrec_jax.models.bstm import Bstm
 from dynrec_jax.parallel.rules import sharding, tree_shardings
 from dynrec_jax.parallel.table import RowOptimizer
 
+# Of a program that runs once: on CPU it compiles in 1.9 s instead of 2.7, to the same weights.
+QUICKLY = {"xla_backend_optimization_level": 1}
+
 
 class TrainState(NamedTuple):
     """Everything that a step changes.
@@ -42,8 +45,8 @@ def init_state(
 ) -> tuple[TrainState, TrainState]:
     """A fresh state, each leaf made where it lies, and the state's shardings."""
 
-    def boxed(key: jax.Array) -> TrainState:
-        variables = model.init(key)
+    def boxed(seed: jax.Array) -> TrainState:
+        variables = model.init(jax.random.key(seed))
         params, tables = variables["params"], variables["tables"]
         row_state = (
             {name: rows.init(nn.meta.unbox(table)) for name, table in tables.items()} if model.sampled else {}
@@ -53,9 +56,13 @@ def init_state(
 
     with jax.set_mesh(mesh):
         # Names are read off the boxed shapes; the state itself is made without boxes, in its place.
-        shardings = state_shardings(mesh, jax.eval_shape(boxed, jax.random.key(seed)))
+        shardings = state_shardings(mesh, jax.eval_shape(boxed, np.uint32(seed)))
         # The seed as a number: an array of one process's device could not enter a program of several.
-        make = jax.jit(lambda seed: nn.meta.unbox(boxed(jax.random.key(seed))), out_shardings=shardings)
+        make = jax.jit(
+            lambda seed: nn.meta.unbox(boxed(seed)),
+            out_shardings=shardings,
+            compiler_options=QUICKLY if mesh.devices.flat[0].platform == "cpu" else None,
+        )
         return make(np.uint32(seed)), shardings
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dynrec_jax.errors import ConfigError, MachineError
 from dynrec_jax.parallel.processes import ALONE, Processes, join
+from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 
 SHOWN = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "mrr", "coverage@10")
 
@@ -21,7 +22,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_enum("split", "test", ["validation", "test"], "which targets", flag_values=values)
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
-    flags.DEFINE_string("cache_dir", None, "memory-mapped copies of the shards", flag_values=values)
+    flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
     return values
 
 
@@ -65,6 +66,7 @@ def measure(
     from dynrec_jax.parallel.mesh import feed
 
     processes.start_jax()
+    keep_programs(processes.agree(lambda: workdirs.open_config(workdir)), cache_dir, processes)
     opened = workdirs.open(workdir, step, dataset, processes)
     own = feed(opened.mesh, processes.index)
     shards = range(own.part, opened.dataset.shards, own.parts)

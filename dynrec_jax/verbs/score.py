@@ -9,6 +9,7 @@ from absl import flags
 
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import join
+from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.evaluate import parse_step
 
 
@@ -29,7 +30,7 @@ def define_flags() -> flags.FlagValues:
     )
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
-    flags.DEFINE_string("cache_dir", None, "memory-mapped copies of the shards", flag_values=values)
+    flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
     return values
 
 
@@ -45,6 +46,9 @@ def run(values: flags.FlagValues) -> None:
     step = parse_step(values.step)
     processes = join()
     processes.start_jax()
+    keep_programs(
+        processes.agree(lambda: workdirs.open_config(Path(values.workdir))), values.cache_dir, processes
+    )
     opened = workdirs.open(values.workdir, step, values.dataset, processes)
     options = ScoreOptions(
         k=min(LIST_LENGTH, opened.dataset.items) if values.k is None else values.k,

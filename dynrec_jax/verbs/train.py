@@ -9,6 +9,7 @@ from absl import flags
 
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import ALONE, Processes, join
+from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.experiment import define_config, read_config
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     define_config(values)
     flags.DEFINE_string("workdir", None, "run folder, made or gone on with", flag_values=values)
-    flags.DEFINE_string("cache_dir", None, "memory-mapped copies of the shards", flag_values=values)
+    flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
     return values
 
 
@@ -48,7 +49,7 @@ def train(
     Args:
       config: complete, locked and valid.
       workdir: the run folder, made where it is not there.
-      cache_dir: memory-mapped copies of the shards; None for the config's.
+      cache_dir: memory-mapped copies of the shards, and compiled programs; None for the config's.
       processes: that train together; each has read its own config and sees the same run folder.
     """
     from dynrec_jax import workdir as workdirs
@@ -64,6 +65,7 @@ def train(
         _must_be_same(config, dataset), "start all with the same config, dataset and packages"
     )
     processes.start_jax()
+    keep_programs(config, cache_dir, processes)
 
     def placed() -> "tuple[Mesh, Feed]":
         mesh = make_mesh(config.mesh.data, config.mesh.table, config.mesh.tensor)
@@ -117,7 +119,7 @@ def _must_be_same(config: ml_collections.ConfigDict, dataset: "Dataset") -> dict
     from dynrec_jax.workdir import versions
 
     keys = {f"config.{key}": value for key, value in flat(config).items()}
-    for own in ("config.dataset", "config.data.cache_dir"):
+    for own in ("config.dataset", "config.data.cache_dir", "config.compiled_dir"):
         del keys[own]
     packages = {f"version of {name}": version for name, version in versions().items()}
     return {**keys, "content of the dataset folder": dataset.content, **packages}

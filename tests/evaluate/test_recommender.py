@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from dynrec_jax.data.cache import Histories
-from dynrec_jax.evaluate.recommender import Lists, NonFiniteScores, Recommender, fixed_lists, groups
+from dynrec_jax.evaluate.recommender import (
+    Lists,
+    NonFiniteScores,
+    Recommender,
+    fixed_lists,
+    groups,
+    widths,
+)
 from dynrec_jax.parallel.table import rows_for
 
 from .. import tiny
@@ -122,3 +129,38 @@ def test_a_second_table_is_held_only_where_vectors_are_not_the_rows(normalise: b
     run = made.prepare(params, tables)
     assert held() - before == int(normalise)
     del run
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_batch_that_is_not_finite_ends_all_wherever_it_stands(histories: Histories, bad: int):
+    """Batches are read one behind; the last one too."""
+    run, _, _ = recommender(4)
+    calls = itertools.count()
+
+    def batch(items: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return jnp.zeros((4, K), jnp.int32), jnp.zeros((4, K)), jnp.bool_(next(calls) != bad)
+
+    users = np.arange(10, 22)
+    with pytest.raises(NonFiniteScores):
+        run.run(batch, histories, users, histories.lengths[users])
+
+
+def test_widths_of_histories_and_of_seen_items_do_not_multiply(histories: Histories):
+    run, params, tables = recommender(2)
+    ends = np.array([1, 3, 17, 18])  # an encoder of 8, and seen items of 16 and 64
+    users = np.argsort(histories.lengths)[-4:]
+    assert (histories.lengths[users] >= ends).all()
+    run.prepare(params, tables)(histories, users, ends)
+    assert run._encode._cache_size() == 1
+    assert run._rank._cache_size() == 2
+
+
+@pytest.mark.parametrize("longest", [1, 7, 8, 9, 50, 200, 2048])
+def test_widths_hold_every_history_and_are_less_than_twice_as_long(longest: int):
+    made = widths(longest)
+    assert made == sorted(set(made))
+    assert made[-1] == longest
+    assert len(made) <= 4 + np.log2(longest)
+    for length in range(1, longest + 1):
+        width = next(width for width in made if width >= length)
+        assert width <= max(2 * length + 7, 16)

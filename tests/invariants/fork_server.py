@@ -3,11 +3,8 @@
 A new Python spends seconds on importing JAX, a fork of this one milliseconds; and the fork is as new a process to the
 kernel, to JAX (no backend is made before the fork) and to whoever kills it. Reads JSON lines and answers each:
 
-    {"start": ["train", …], "log": FILE, "learn": BOOL}  ->  {"pid": N}, in a process group of its own
+    {"start": ["train", …], "log": FILE}  ->  {"pid": N}, in a process group of its own
     {"wait": N, "seconds": S}  ->  {"status": N}: negative for a signal, null where it still runs
-
-`learn` lets the command add what it compiles to JAX's cache. JAX does not write its entries whole or not at all, so a
-command that is to be killed may only read there.
 """
 
 import importlib
@@ -17,9 +14,9 @@ import sys
 import time
 from typing import Any
 
-import jax
-
 import dynrec_jax.cli
+import dynrec_jax.compiled
+import dynrec_jax.train.peak
 
 # What a command would spend its time on; pandas because pyarrow looks for it.
 HEAVY = (
@@ -29,7 +26,6 @@ HEAVY = (
     "jaxlib.mlir.dialects.mhlo",
     "pandas",
 )
-NEVER = 1e9  # seconds that a compilation must take until it is kept
 
 
 def serve() -> dict[str, Any] | None:
@@ -60,12 +56,13 @@ def wait(pid: int, seconds: float) -> int | None:
         time.sleep(0.002)
 
 
-def command(arguments: list[str], log: str, learn: bool) -> int:
+def command(arguments: list[str], log: str) -> int:
     """Runs `dynrec` in this process; returns its exit status."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard, place in enumerate((os.open(os.devnull, os.O_RDONLY), out, out)):
         os.dup2(place, standard)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if learn else NEVER)
+    dynrec_jax.compiled.WORTH = 0.0  # the smallest program is kept: more writes for a kill to meet
+    dynrec_jax.train.peak.measured = lambda: 1e12
     return dynrec_jax.cli.main(arguments)
 
 
@@ -74,4 +71,4 @@ if __name__ == "__main__":
         importlib.import_module(module)
     forked = serve()
     if forked is not None:
-        sys.exit(command(forked["start"], forked["log"], forked["learn"]))
+        sys.exit(command(forked["start"], forked["log"]))

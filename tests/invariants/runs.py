@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dynrec_jax.train.hooks import CLOCK
+
 SERVER = Path(__file__).with_name("fork_server.py")
 DEADLINE = 120.0  # seconds that any one command may take
 
@@ -52,8 +54,9 @@ class Command:
 class Server:
     """Starts commands; see `fork_server.py`."""
 
-    def __init__(self, process: subprocess.Popen[str]):
+    def __init__(self, process: subprocess.Popen[str], compiled: Path):
         self._process = process
+        self._compiled = compiled
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """One request, one answer."""
@@ -63,31 +66,30 @@ class Server:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def train(self, config: Path, workdir: Path, *, learn: bool = False, **changes: Any) -> Command:
-        """Starts `dynrec train`; `changes` are keys with `__` for the dot, `learn` fills the cache of compilations."""
+    def train(self, config: Path, workdir: Path, **changes: Any) -> Command:
+        """Starts `dynrec train`; `changes` are keys with `__` for the dot."""
         log = log_of(workdir)
+        changes = {"compiled_dir": self._compiled, **changes}
         keys = [f"--config.{name.replace('__', '.')}={value}" for name, value in changes.items()]
         arguments = ["train", f"--config={config}", f"--workdir={workdir}", *keys]
-        answer = self.ask({"start": arguments, "log": str(log), "learn": learn})
+        answer = self.ask({"start": arguments, "log": str(log)})
         return Command(self, answer["pid"], log)
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
-    """A server whose commands keep what they compile in `folder`, on one CPU device."""
+    """A server whose commands keep what they compile in `folder`, on one CPU device, killed or not."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     pipe = subprocess.PIPE
     with subprocess.Popen(
         [sys.executable, str(SERVER)], stdin=pipe, stdout=pipe, text=True, env=environment
     ) as process:
-        yield Server(process)
+        yield Server(process, folder)
 
 
 def log_of(workdir: Path) -> Path:
@@ -99,7 +101,7 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
     """All lines of metrics, without what the clock says."""
     text = (workdir / "metrics.jsonl").read_text(encoding="utf-8")
     read = [json.loads(line) for line in text.splitlines()]
-    return [{name: value for name, value in line.items() if name != "histories_per_second"} for line in read]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in read]
 
 
 def saved(workdir: Path) -> list[int]:

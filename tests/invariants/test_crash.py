@@ -144,7 +144,7 @@ def test_a_killed_run_that_is_started_again_ends_as_if_nothing_had_been(
 ):
     config = commands.experiment(tmp_path / "experiment.py", tiny_dataset.path, loss__kind=loss, **RUN)
     whole, again, folder = tmp_path / "whole", tmp_path / "again", tmp_path / "killed"
-    server.train(config, whole, learn=True).finish()
+    server.train(config, whole).finish()
     losses = [line["loss"] for line in runs.lines(whole) if "loss" in line]
     assert len(set(losses)) == STEPS
     began = time.monotonic()

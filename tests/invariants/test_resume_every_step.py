@@ -59,7 +59,7 @@ def test_a_run_goes_on_from_any_step_in_a_new_process(
     config = commands.experiment(tmp_path / "experiment.py", timed_dataset.path, **RUN)
     whole = tmp_path / "whole"
     with runs.serving(tmp_path / "compiled") as server:
-        server.train(config, whole, learn=True).finish()
+        server.train(config, whole).finish()
         assert runs.saved(whole) == list(range(1, STEPS + 1))
         losses = [line["loss"] for line in runs.lines(whole)]
         assert len(set(losses)) == STEPS

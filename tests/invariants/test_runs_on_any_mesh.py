@@ -22,6 +22,7 @@ import pytest
 
 from dynrec_jax import workdir
 from dynrec_jax.cli import main
+from dynrec_jax.train.hooks import CLOCK
 
 from ..commands import experiment
 
@@ -137,7 +138,7 @@ def call(command: list[str], variables: dict[str, str]) -> None:
 
 def metrics(run: Ran) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "histories_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
 
 def assert_same_run(run: Ran, one: Ran) -> None:

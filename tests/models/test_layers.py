@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynrec_jax.models.layers import Attention, Dropout, LayerNorm, RmsNorm, hash_bits, token_counters
+from dynrec_jax.models.layers import Attention, Dropout, LayerNorm, Places, RmsNorm, hash_bits, token_counters
 
 from .. import tiny
 
@@ -107,7 +107,8 @@ def test_attention_is_its_formula():
     out = rng.normal(size=(2, 2, 4)).astype(np.float32)
     params = {name: {"kernel": kernel} for name, kernel in {**kernels, "out": out}.items()}
     mask = np.array([[[True, False, False], [True, True, False], [False, True, True]]])
-    found = Attention(2, jnp.float32).apply({"params": params}, x, mask)
+    at = Places(jnp.asarray([[0, 1, 1]]), jnp.zeros((1, 3), jnp.uint32), "forward")
+    found = Attention(2, jnp.float32).apply({"params": params}, x, at)
     expected = np.zeros((3, 4))
     for h in range(2):
         q, k, v = (x[0] @ kernels[name][:, h] for name in ("query", "key", "value"))

@@ -72,6 +72,24 @@ def test_a_job_that_is_interrupted_goes_on(shop, whole, written, tmp_path, monke
     assert "1 were there already" in capsys.readouterr().out
 
 
+def test_a_last_part_that_cannot_be_written_is_told(shop, whole, tmp_path, monkeypatch, capsys):
+    """Nothing is computed behind it, so nothing else would ask how it went."""
+    out = tmp_path / "out"
+    replace = os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(target).name.startswith(f"part-{SHARDS - 1:05d}"):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    assert score(shop, out) == 1
+    assert f"part-{SHARDS - 1:05d}" in capsys.readouterr().err.splitlines()[-1]
+    kept = digest(out)
+    assert len(kept) == len(whole) - 1
+    assert kept.items() < whole.items()
+
+
 def test_a_job_that_is_done_computes_nothing(shop, written, tmp_path):
     out = tmp_path / "out"
     assert score(shop, out) == 0

@@ -1,6 +1,8 @@
 """Hooks: what a checkpoint holds is in the log before it, and a full disk is waited out."""
 
 import contextlib
+import json
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from dynrec_jax.errors import MachineError
 from dynrec_jax.train import hooks, metrics_writer
 from dynrec_jax.train.checkpoint import Outcome
+from dynrec_jax.train.flops import Cost, Utilisation
 from dynrec_jax.train.hooks import CheckpointHook, EvaluateHook, LogHook
 from dynrec_jax.train.metrics_writer import MetricsWriter
 from dynrec_jax.train.progress import Progress
@@ -86,10 +89,35 @@ def run(folder: Path, steps: int, evaluator: Any = None, recorder: Any = None, *
     state = TrainState(None, None, None, None, None)  # nobody looks into it
     with contextlib.closing(writer):
         for step in range(1, steps + 1):
-            metrics = {"loss": 1.0, "gradient_norm": 1.0}
+            metrics = {"loss": 1.0, "gradient_norm": 1.0, "targets": 8.0, "attended": 20.0}
             for hook in (log, evaluation, save):
                 hook(step, state, metrics, step == steps)
     return recorder
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_line_of_the_log_has_the_share_of_the_peak_since_the_line_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+):
+    clock = iter([100.0, 110.0, 114.0])  # at the start, and at the lines of steps 2 and 3
+    monkeypatch.setattr(hooks, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    told: list[Any] = []
+    progress = types.SimpleNamespace(update=lambda *values: told.append(values))
+    counts = Utilisation(Cost(target=3.0, pair=5.0), peak=20.0) if known else None
+    with contextlib.closing(MetricsWriter(tmp_path, 0, False)) as writer:
+        log = LogHook(tiny.config(logging__every=2), writer, progress, 0, counts)  # type: ignore[arg-type]
+        state = TrainState(None, None, None, None, None)
+        for step, (targets, attended) in enumerate([(10.0, 20.0), (5.0, 7.0), (4.0, 6.0)], 1):
+            metrics = {"loss": 1.0, "gradient_norm": 1.0, "targets": targets, "attended": attended}
+            log(step, state, metrics, last=step == 3)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3]
+    assert [line["histories_per_second"] for line in lines] == [2 * 8 / 10, 8 / 4]
+    shares = [(3 * 15 + 5 * 27) / 10 / 20, (3 * 4 + 5 * 6) / 4 / 20] if known else [None, None]
+    assert [line.get("utilisation") for line in lines] == shares
+    assert told == [(2, 1.0, 1.6, shares[0]), (3, 1.0, 2.0, shares[1])]
+    assert all(("utilisation" in line) == known and "attended" not in line for line in lines)
+    assert set(lines[0]) - set(hooks.CLOCK) == {"step", "loss", "gradient_norm", "targets"}
 
 
 @pytest.fixture

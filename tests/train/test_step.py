@@ -12,8 +12,9 @@ import pytest
 from dynrec_jax import losses
 from dynrec_jax.models.bstm import make_bstm
 from dynrec_jax.parallel.table import RowOptimizer
+from dynrec_jax.train import step
 from dynrec_jax.train.state import init_state
-from dynrec_jax.train.step import StepSettings, compile_step
+from dynrec_jax.train.step import StepSettings, compile_step, parts_for
 
 from .. import tiny
 
@@ -36,13 +37,15 @@ class Done(NamedTuple):
 
 
 @functools.cache
-def one_step(kind: str, accumulation: int, clip: float) -> Done:
+def one_step(kind: str, accumulation: int, clip: float, pieces: int = 0) -> Done:
     """A step of plain descent at rate 1, so that the change is the gradient; negatives are fixed."""
     c = tiny.config(loss__kind=kind)
     model, mesh, tx = make_bstm(c, ITEMS), tiny.mesh(1, 1, 1), optax.sgd(1.0)
     rows = RowOptimizer(lambda table: jnp.zeros(table.shape[0]), descend)
     state, shardings = init_state(model, tx, rows, mesh, seed=1)
-    settings = StepSettings(seed=1, accumulation=accumulation, clip_norm=clip, negatives=4, logq=True)
+    settings = StepSettings(
+        seed=1, accumulation=accumulation, clip_norm=clip, negatives=4, logq=True, pieces=pieces
+    )
     schedule = optax.constant_schedule(1.0)
     run = compile_step(mesh, shardings, model=model, tx=tx, row_tx=rows, schedule=schedule, settings=settings)
     before = jax.tree.map(np.array, {"params": state.params, "tables": state.tables})
@@ -67,6 +70,9 @@ def norm(tree: Any) -> float:
 def test_a_batch_in_two_parts_is_the_batch_in_one(kind: str):
     one, two = one_step(kind, 1, 0.0), one_step(kind, 2, 0.0)
     assert one.metrics["targets"] == two.metrics["targets"] == sum(len(window) - 1 for window in WINDOWS)
+    # Of the positions with a target the first looks at one event, the second at two.
+    looks = [place + 1 for window in WINDOWS for place in range(len(window) - 1)]
+    assert one.metrics["attended"] == two.metrics["attended"] == sum(looks)
     for name in ("loss", "gradient_norm"):
         np.testing.assert_allclose(two.metrics[name], one.metrics[name], rtol=1e-6, err_msg=name)
     leaves = jax.tree_util.tree_leaves_with_path(one.after)
@@ -112,3 +118,30 @@ def test_the_loss_is_a_mean_over_targets(kind: str):
 @pytest.mark.parametrize("kind", ["full", "sampled"])
 def test_the_old_state_is_donated(kind: str):
     assert all(one_step(kind, 1, 0.0).old_is_deleted)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "pieces"), [(80, 201, 1), (88, 201, 1), (48, 51, 2), (64, 1001, 8), (8, 9, 1)]
+)
+def test_parts_of_a_batch_on_cpu_are_near_their_size_and_alike_on_each_device(
+    rows: int, width: int, pieces: int
+):
+    parts = parts_for(rows, width, pieces)
+    assert rows % (parts * pieces) == 0
+    each = rows * width / (parts * pieces)
+    assert parts == 1 or 2_000 < each < 8_200
+    assert each < 8_200 or parts * pieces == rows, "a row is not cut"
+
+
+def test_a_batch_is_one_part_where_devices_are_no_cpus():
+    assert parts_for(80, 201, 0) == 1
+
+
+@pytest.mark.parametrize("kind", ["full", "sampled"])
+def test_parts_that_the_step_chooses_itself_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(step, "PART_POSITIONS", 1)
+    assert parts_for(*BATCH.items.shape, 1) == len(BATCH.items) > 1
+    one, chosen = one_step(kind, 1, 0.0), one_step(kind, 0, 0.0, pieces=1)
+    np.testing.assert_allclose(chosen.metrics["loss"], one.metrics["loss"], rtol=1e-6)
+    for x, y in zip(jax.tree.leaves(one.after), jax.tree.leaves(chosen.after), strict=True):
+        np.testing.assert_allclose(y, x, rtol=0, atol=1e-6)

@@ -25,9 +25,10 @@ from dynrec_jax.evaluate.recommender import Recommender
 from dynrec_jax.models.bstm import MODELS, Bstm
 from dynrec_jax.parallel.mesh import AXES
 from dynrec_jax.parallel.table import rows_for
+from dynrec_jax.train.loop import step_settings
 from dynrec_jax.train.optimizer import make_optimizer, make_row_optimizer, make_schedule
 from dynrec_jax.train.state import TrainState, trainable
-from dynrec_jax.train.step import StepSettings, train_step
+from dynrec_jax.train.step import train_step
 
 ITEMS = (10_000, 100_000, 1_000_000)
 HISTORIES, USERS = (32, 64), (128, 256)  # of a step, of a batch of lists
@@ -54,13 +55,7 @@ def step_bytes(config: ml_collections.ConfigDict, items: int, batch: int) -> int
     """Temporary memory of a training step, as `train.loop` compiles it."""
     model = MODELS[config.model.name](config, items)
     tx, row_tx = make_optimizer(config), make_row_optimizer(config)
-    settings = StepSettings(
-        config.seed,
-        config.train.accumulation,
-        config.train.clip_norm,
-        config.loss.negatives,
-        config.loss.logq,
-    )
+    settings = step_settings(config, one_device())
 
     def fresh() -> TrainState:
         variables = nn.meta.unbox(model.init(jax.random.key(0)))
@@ -92,14 +87,14 @@ def lists_bytes(config: ml_collections.ConfigDict, items: int, users: int) -> in
     recommender = Recommender(model, mesh, users, LIST_LENGTH, filter_seen=True)
     params, tables = _variables(model)
     with jax.set_mesh(mesh):
-        lowered = recommender._list.lower(
-            params,
-            tables,
+        read = recommender._encode.lower(params, tables, shape(users, config.data.max_length))
+        rank = recommender._rank.lower(
+            shape(users, config.model.dim, dtype=jnp.float32),
             shape(rows_for(items), config.model.dim, dtype=jnp.float32),
-            shape(users, config.data.max_length),
             shape(users, SEEN),
         )
-    return _temporary(lowered)
+    # A batch is ranked while the next one is read.
+    return _temporary(read) + _temporary(rank)
 
 
 def _variables(model: Bstm) -> tuple[Any, Any]:

@@ -1,29 +1,35 @@
-"""Training and scoring beside RecTools and a lean PyTorch SASRec: in turns, same data, same sizes, same cores.
+"""Training and scoring beside RecTools and SASRec in PyTorch: in turns, same data, same sizes, same cores.
 
     python experiments/benchmarks/peers.py [--out=FILE] [--source=KIND:PATH] [--rounds=3]
-        [--peers=rectools,torch,dynrec] [--venv=FOLDER] [--warm_up=12] [--measured=40]
+        [--peers=rectools,torch,torch-tuned,dynrec,dynrec-default] [--venv=FOLDER] [--warm_up=12] [--measured=40]
 
 Sizes are those of MovieLens-1M, and `--source=sequences:FILE` takes that itself: 6,040 histories, 3,416 items, D 64,
 2 layers, 2 heads, L 200, batch 128, dropout 0.2, softmax over the whole catalogue, forward traversal alone; the last
-two events of each history are held out of training. Each peer runs in processes of its own. RecTools and PyTorch come
-into a virtual environment of theirs, made where it is not there. What is measured:
+two events of each history are held out of training. All have SASRec's network, with a feed-forward of one D, but
+`dynrec-default`, which has dynrec's own blocks: gated, with four times the weights in the feed-forward. `torch` is a
+lean SASRec, one small file whose softmax is over real positions alone; `torch-tuned` is the same network with tricks
+that are found in no peer, the streamed softmax and packing by length among them (`peers_torch.py`). Each peer runs in
+processes of its own. RecTools and PyTorch come into a virtual environment of theirs, made where it is not there. What
+is measured:
 
 training  Histories a second over the measured steps, behind a warm-up (of dynrec, half as many steps as are measured,
           in which it compiles). dynrec: the rate that `dynrec train` writes to metrics.jsonl, its input pipeline
           included. torch: `peers_torch.py`, from ready tensors. rectools: `peers_rectools.py`, its loader included.
 scoring   Users a second: the best 100 items after the whole history of every user, without those in it. dynrec: all
           that `dynrec score` does once the run is open (map the histories, digest the weights, make the lists, write
-          Parquet with the source's ids), less the time in which JAX traces and compiles, since the peers too are timed
-          after a first call. torch: from ready tensors to tensors. rectools: `recommend`, from its dataset to a table.
+          Parquet with the source's ids), the second time in a process, since the peers too are timed after a first
+          call; the first, which compiles, is in `rounds`. torch: from ready tensors to tensors. rectools: `recommend`,
+          from its dataset to a table.
 memory    The most that the process ever held, as the operating system counts it; of dynrec the larger of its two
           commands.
 
 Each runs as its users run it: dynrec tells glibc's malloc to keep its memory (`dynrec_jax/allocator.py`), which the
 others do not. Started with GLIBC_TUNABLES set as it is there, this gives all of them the same.
 
-Prints medians, the spread over the rounds, and ratios, whose spread is that of the rounds' ratios. JSON, where --out is
-given, has the wall time of whole commands too (`rounds`). A peer that cannot be installed, or fails, is named and left
-out, and the exit status is 1.
+Prints medians and the spread over the rounds, and by how much dynrec is above each other, with the spread of the
+rounds' ratios: `ratios` in the JSON that --out names, `default_ratios` those of `dynrec-default`. The JSON has the wall
+time of whole commands too (`rounds`). A peer that cannot be installed, or fails, is named and left out, and the exit
+status is 1.
 """
 
 import argparse
@@ -39,7 +45,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -58,7 +64,11 @@ SIZES = {
 }
 TORCH = {"torch": "2.13.0", "numpy": "1.26.4"}
 RECTOOLS = {**TORCH, "rectools": "0.19.0", "pytorch-lightning": "2.5.2"}
-PACKAGES = {"torch": TORCH, "rectools": RECTOOLS, "dynrec": {}}
+# dynrec's networks: SASRec's, and its own.
+NETWORKS = {
+    "dynrec": {"model.block": "seed", "model.feedforward": 1.0},
+    "dynrec-default": {"model.block": "prenorm", "model.feedforward": 4.0},
+}
 UNITS = {"training": "histories/s", "scoring": "users/s", "memory": "GB"}
 LINES, DROPPED = 4, 2  # lines of metrics.jsonl that are measured, and those before: they hold the compilation
 STOPWATCH = "DYNREC_BENCHMARK_STOPWATCH"  # where `dynrec score` under a stopwatch writes its seconds
@@ -155,8 +165,8 @@ def prepare(bench: Bench, source: str) -> dict[str, Any]:
 def run_script(bench: Bench, peer: str, round_: int) -> Measured:
     """A peer whose script trains, scores and writes what it measured."""
     settings, result = bench.folder / "settings.json", bench.folder / f"{peer}-{round_}.json"
-    settings.write_text(json.dumps(bench.settings), encoding="utf-8")
-    script = [HERE / f"peers_{peer}.py", bench.histories, settings, result]
+    settings.write_text(json.dumps({**bench.settings, "tuned": peer == "torch-tuned"}), encoding="utf-8")
+    script = [HERE / f"peers_{peer.removesuffix('-tuned')}.py", bench.histories, settings, result]
     wall, memory = run([str(bench.python), *map(str, script)], result.with_suffix(".log"))
     measured = json.loads(result.read_text(encoding="utf-8"))
     return {**measured, "memory": memory, "seconds": wall}
@@ -169,7 +179,7 @@ def dynrec(verb: str) -> list[str]:
 
 def run_dynrec(bench: Bench, peer: str, round_: int) -> Measured:
     """`dynrec train`, then `dynrec score` under a stopwatch."""
-    workdir, cache = bench.folder / f"run-{round_}", bench.folder / "cache"
+    workdir, cache = bench.folder / f"{peer}-{round_}", bench.folder / "cache"
     every = bench.settings["measured"] // LINES
     steps = (DROPPED + LINES) * every
     changes = {
@@ -181,6 +191,7 @@ def run_dynrec(bench: Bench, peer: str, round_: int) -> Measured:
         "model.heads": SIZES["heads"],
         "model.dropout": SIZES["dropout"],
         "model.backward_weight": 0,
+        **NETWORKS[peer],
         "train.steps": steps,
         "train.batch_size": SIZES["batch"],
         "train.learning_rate": SIZES["learning_rate"],
@@ -190,7 +201,7 @@ def run_dynrec(bench: Bench, peer: str, round_: int) -> Measured:
     }
     flags = [f"--config={HERE.parent / 'ml1m.py'}", f"--workdir={workdir}"]
     flags += [f"--config.{key}={value}" for key, value in changes.items()]
-    train_wall, train_memory = run([*dynrec("train"), *flags], bench.folder / f"train-{round_}.log")
+    train_wall, train_memory = run([*dynrec("train"), *flags], workdir.with_suffix(".train.log"))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "histories_per_second" in line][DROPPED:]
     k = min(SIZES["k"], bench.settings["items"])
@@ -198,12 +209,12 @@ def run_dynrec(bench: Bench, peer: str, round_: int) -> Measured:
     flags += ["--step=last", f"--cache_dir={cache}"]
     watch = workdir / "stopwatch.json"
     score = [sys.executable, str(Path(__file__).resolve()), "score", *flags]
-    wall, memory = run(score, bench.folder / f"score-{round_}.log", **{STOPWATCH: str(watch)})
+    wall, memory = run(score, workdir.with_suffix(".score.log"), **{STOPWATCH: str(watch)})
     watched = json.loads(watch.read_text(encoding="utf-8"))
     return {
         # Each line is of as many histories, so the rate over all of them is the harmonic mean.
         "training": statistics.harmonic_mean([line["histories_per_second"] for line in logged]),
-        "scoring": watched["users"] / (watched["seconds"] - watched["compiling"]),
+        "scoring": watched["users"] / watched["seconds"],
         "memory": max(train_memory, memory),
         "loss": logged[-1]["loss"],
         "train": {"seconds": train_wall, "memory": train_memory},
@@ -212,48 +223,49 @@ def run_dynrec(bench: Bench, peer: str, round_: int) -> Measured:
     }
 
 
-PEERS: dict[str, Callable[[Bench, str, int], Measured]] = {
-    "rectools": run_script,
-    "torch": run_script,
-    "dynrec": run_dynrec,
+class Peer(NamedTuple):
+    """How a peer is measured, and the packages that it needs."""
+
+    measure: Callable[[Bench, str, int], Measured]
+    packages: dict[str, str]
+
+
+PEERS = {
+    "rectools": Peer(run_script, RECTOOLS),
+    "torch": Peer(run_script, TORCH),
+    "torch-tuned": Peer(run_script, TORCH),
+    **{peer: Peer(run_dynrec, {}) for peer in NETWORKS},
 }
 
 
 def score_under_stopwatch() -> int:
-    """`dynrec score`, and how many seconds it took from the opened run to the end, and to compile meanwhile."""
+    """`dynrec score` twice, the second time under a stopwatch: the first compiles, and the peers are warm too."""
     from dynrec_jax import allocator, cli
 
     allocator.restart_with_kept_memory()  # as the console script begins; this script starts again
-    import jax
-
     from dynrec_jax.score import job
 
-    spans: list[tuple[float, float]] = []
+    # Both calls have one recommender, and so one set of compiled programs; nothing else of the first is kept.
+    make, made = job.Recommender, []
 
-    def note(event: str, start: float, end: float, **about: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            spans.append((start, end))
+    def once(*settings: Any) -> Any:
+        if not made:
+            made.append(make(*settings))
+        return made[0]
 
-    def watched(*arguments: Any) -> dict[str, int]:
-        jax.monitoring.register_event_time_span_listener(note)
-        began = time.time()  # the clock of the spans
-        done = score(*arguments)
-        seconds = time.time() - began
-        found = {"users": done["users"], "seconds": seconds, "compiling": covered(spans)}
+    job.Recommender = once
+
+    def watched(run: Any, out: Path, *others: Any) -> dict[str, int]:
+        began = time.perf_counter()
+        score(run, out.with_name("warm"), *others)
+        cold, began = time.perf_counter() - began, time.perf_counter()
+        done = score(run, out, *others)
+        found = {"users": done["users"], "seconds": time.perf_counter() - began, "first_seconds": cold}
         Path(os.environ[STOPWATCH]).write_text(json.dumps(found), encoding="utf-8")
         return done
 
     score, job.score = job.score, watched
     return cli.main()
-
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    """Seconds that lie in at least one span: tracing a function traces those that it calls."""
-    total, until = 0.0, 0.0
-    for start, end in sorted(spans):
-        total += max(end - max(start, until), 0.0)
-        until = max(until, end)
-    return total
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -262,31 +274,37 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def summarise(rounds: dict[str, list[Measured]]) -> dict[str, Any]:
-    """`training`, `scoring` and `memory` by peer, and under `ratios` dynrec's value over each other peer's."""
-    summary: dict[str, Any] = {"ratios": {}}
+    """`training`, `scoring` and `memory` by peer, and the ratios of dynrec's two networks to the other peers."""
+    summary: dict[str, Any] = {}
     for measure, unit in UNITS.items():
         values = {peer: [each[measure] for each in measured] for peer, measured in rounds.items()}
         summary[measure] = {peer: {**spread(each), "unit": unit} for peer, each in values.items()}
-        ours = values.get("dynrec")
-        summary["ratios"][measure] = {
-            peer: {
-                **spread([a / b for a, b in zip(ours, theirs, strict=True)]),
-                "median": statistics.median(ours) / statistics.median(theirs),
-            }
-            for peer, theirs in values.items()
-            if ours and peer != "dynrec"
-        }
+        summary.setdefault("ratios", {})[measure] = ratios(values, "dynrec")
+        summary.setdefault("default_ratios", {})[measure] = ratios(values, "dynrec-default")
     return summary
+
+
+def ratios(values: dict[str, list[float]], ours: str) -> dict[str, dict[str, float]]:
+    """Our value over each other peer's, with the spread of the rounds' ratios."""
+    return {
+        peer: {
+            **spread([a / b for a, b in zip(values[ours], theirs, strict=True)]),
+            "median": statistics.median(values[ours]) / statistics.median(theirs),
+        }
+        for peer, theirs in values.items()
+        if ours in values and peer not in NETWORKS
+    }
 
 
 def show(console: Console, summary: dict[str, Any], peers: list[str]) -> None:
     """Prints the table."""
-    table = Table("", *peers, *(f"dynrec / {peer}" for peer in summary["ratios"]["training"]))
-    for measure, unit in UNITS.items():
-        digits = 2 if unit == "GB" else 0
-        cells = [_told(summary[measure][peer], digits) for peer in peers]
-        cells += [_told(ratio, 2) for ratio in summary["ratios"][measure].values()]
-        table.add_row(f"{measure}, {unit}", *cells)
+    table = Table("", *(f"{measure}, {unit}" for measure, unit in UNITS.items()))
+    for peer in peers:
+        table.add_row(peer, *(_told(summary[name][peer], 2 if name == "memory" else 0) for name in UNITS))
+    table.add_section()
+    for ours, found in (("dynrec", summary["ratios"]), ("dynrec-default", summary["default_ratios"])):
+        for peer in found["training"]:
+            table.add_row(f"{ours} / {peer}", *(_told(found[name][peer], 2) for name in UNITS))
     console.print(table)
 
 
@@ -341,15 +359,15 @@ def measure_in_turns(
     missing: dict[str, str] = {}
     for peer in peers:
         try:
-            if PACKAGES[peer]:
-                install(bench.python, PACKAGES[peer], bench.folder / "install.log")
+            if PEERS[peer].packages:
+                install(bench.python, PEERS[peer].packages, bench.folder / "install.log")
         except (PeerFailed, OSError, subprocess.SubprocessError) as error:
             missing[peer] = f"cannot be installed: {error}"
     done: dict[str, list[Measured]] = {peer: [] for peer in peers}
     for round_ in range(rounds):
         for peer in [each for each in peers if each not in missing]:
             try:
-                measured = PEERS[peer](bench, peer, round_)
+                measured = PEERS[peer].measure(bench, peer, round_)
             except PeerFailed as error:
                 missing[peer] = f"failed: {error}"
                 continue

@@ -162,7 +162,7 @@ class Recommender:
             items_BxL = source.last_items(users_B, ends_B, _at_least(longest, self._widths))
             seen_BxM = np.zeros((self._batch_size, 1), np.int32)
             if self._filter_seen:
-                seen_BxM = source.last_items(users_B, ends_B, _seen_width(longest))
+                seen_BxM = source.last_items(users_B, ends_B, seen_width(longest))
             with jax.set_mesh(self.mesh):
                 made = batch(place_rows(self.mesh, items_BxL), place_rows(self.mesh, seen_BxM))
             # The device goes on with this batch while the one before it is read.
@@ -211,7 +211,8 @@ def _at_least(length: int, widths: Sequence[int]) -> int:
     return next((width for width in widths if width >= length), widths[-1])
 
 
-def _seen_width(length: int) -> int:
+def seen_width(length: int) -> int:
+    """Width of the seen items of a batch whose longest history has so many events; see `SEEN_FACTOR`."""
     width = FEWEST_SEEN
     while width < length:
         width *= SEEN_FACTOR if width < 4_096 else 2

@@ -27,6 +27,7 @@ class _Block(NamedTuple):
     keys: slice
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attention(
     q_BxHxLxE: Array, k_BxHxLxE: Array, v_BxHxLxE: Array, reach_BxL: Array, direction: Direction
 ) -> Array:
@@ -45,7 +46,7 @@ def attention(
     Returns:
       In the type of `v`; the softmax is computed in float32.
     """
-    return _attention(direction, q_BxHxLxE, k_BxHxLxE, v_BxHxLxE, reach_BxL)
+    return _forward(q_BxHxLxE, k_BxHxLxE, v_BxHxLxE, reach_BxL, direction)[0]
 
 
 def attention_at(q_BxHxE: Array, k_BxHxLxE: Array, v_BxHxLxE: Array, low_B: Array, high_B: Array) -> Array:
@@ -98,12 +99,7 @@ def _masked(s_BxHxQxK: Array, low_BxQ: Array, high_BxQ: Array, keys: slice) -> A
     return jnp.where(inside_BxQxK[:, None], s_BxHxQxK, NEVER)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(direction: Direction, q: Array, k: Array, v: Array, reach: Array) -> Array:
-    return _forward(direction, q, k, v, reach)[0]
-
-
-def _forward(direction: Direction, q: Array, k: Array, v: Array, reach: Array) -> tuple[Array, Any]:
+def _forward(q: Array, k: Array, v: Array, reach: Array, direction: Direction) -> tuple[Array, Any]:
     means, normalisers = [], []
     bounds_BxL = bounds(reach, direction)
     for at in _blocks(q.shape[2], direction):
@@ -135,4 +131,4 @@ def _product(axes: str, a: Array, b: Array) -> Array:
     return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
 
 
-_attention.defvjp(_forward, _backward)
+attention.defvjp(_forward, _backward)

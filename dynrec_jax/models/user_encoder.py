@@ -19,7 +19,8 @@ class Moments(NamedTuple):
 
     Attributes:
       segments: int32[B, L], which history of the row it belongs to, from 1; 0 is padding.
-      positions: int32[B, L], how many events the traversal has read before it.
+      positions: int32[B, L], how many events of its history the traversal has read before it. A history lies in one
+        piece, so these are also the positions next to it that it may look at: they alone keep histories apart.
     """
 
     segments: Array
@@ -67,7 +68,6 @@ class UserEncoder(nn.Module):
         counters_BxL = token_counters(at.segments, at.positions)
         x_BxLxD = Dropout(self.dropout)(x_BxLxD, counters_BxL).astype(self.dtype)
         x_BxLxD = constrain(x_BxLxD, "batch", None, None)
-        # A window lies in one piece, so what a traversal has read of it is what an event may look at.
         places = Places(at.positions, counters_BxL, direction)
         for layer in range(self.layers):
             block = BLOCKS[self.block](

@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from dynrec_jax.data.cache import Windows
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.errors import DataError
 
@@ -19,7 +18,7 @@ LISTS = ("item_ids", "items")
 
 @dataclasses.dataclass(frozen=True)
 class NewHistories:
-    """Histories from a file, in memory; cuts windows as `Histories` does.
+    """Histories from a file, in memory; cuts them as `Histories` does.
 
     Attributes:
       users: ids, in the order of the file.
@@ -41,18 +40,13 @@ class NewHistories:
         return np.diff(self.starts)
 
     def last_items(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> np.ndarray:
-        """int32[B, size], the items of `windows` alone."""
-        return self.windows(users_B, ends_B, size).items
-
-    def windows(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> Windows:
-        """The last `size` events before event number `end`; a user of -1 gives an empty row."""
+        """int32[B, size], the last items before event number `end` of each user; a user of -1 has none."""
         real_B = users_B >= 0
         ends_B = np.where(real_B, ends_B, 0)
         at_BxW = np.maximum(ends_B - size, 0)[:, None] + np.arange(size)
         inside = at_BxW < ends_B[:, None]
         place = np.where(inside, self.starts[np.where(real_B, users_B, 0)][:, None] + at_BxW, 0)
-        items = np.where(inside, self.items[place], 0).astype(np.int32)
-        return Windows(items, np.zeros_like(items), np.zeros_like(items))
+        return np.where(inside, self.items[place], 0).astype(np.int32)
 
 
 def read_table(path: Path) -> pa.Table:

@@ -14,8 +14,8 @@ ms        of a step, forward and backward together. What XLA joined into one ins
 share     of the step.
 products  ms of it in instructions that multiply matrices.
 GFLOP     of those products as they are run: padding and what is computed twice count.
-GFLOP/s   of the products while they run, and that in % of the peak, which is measured: a product of two square
-          matrices of the type that the model computes in (on a GPU or TPU, of each device).
+GFLOP/s   of the products while they run, and that in % of the peak, which is measured: on CPU as for the training
+          log, in float32; on a GPU or TPU a product of two square matrices of the model's type, on each device.
 
 The times are those of a few traced steps, taken relative to the time of a step without the trace, which is the median
 over --steps. `utilisation` is what the model needs, three times the forward pass's products at real positions, over

@@ -15,6 +15,7 @@ from dynrec_jax.evaluate.recommender import (
     Recommender,
     fixed_lists,
     groups,
+    seen_width,
     widths,
 )
 from dynrec_jax.parallel.table import rows_for
@@ -164,3 +165,10 @@ def test_widths_hold_every_history_and_are_less_than_twice_as_long(longest: int)
     for length in range(1, longest + 1):
         width = next(width for width in made if width >= length)
         assert width <= max(2 * length + 7, 16)
+
+
+def test_seen_items_have_few_widths_and_long_ones_are_padded_less():
+    made = {length: seen_width(length) for length in range(1, 100_001)}
+    assert all(length <= width <= max(4 * length, 16) for length, width in made.items())
+    assert all(width < 2 * length for length, width in made.items() if length > 4_096)
+    assert len(set(made.values())) == 10  # 16 to 4,096 by fours, then 8,192 to 131,072

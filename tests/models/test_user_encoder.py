@@ -95,6 +95,7 @@ def test_the_last_vector_is_that_of_the_last_event():
 
     last, every = (np.asarray(x) for x in run())
     # Two routes: the last block makes one vector of each history here, and all of them there.
-    np.testing.assert_allclose(last[0], every[0, 2], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(last[1], every[1, 3], rtol=1e-5, atol=1e-6)
+    # Some of the last bits: values are about 1.
+    np.testing.assert_allclose(last[0], every[0, 2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(last[1], every[1, 3], rtol=0, atol=1e-6)
     assert not last[2].any(), "an empty history says nothing"

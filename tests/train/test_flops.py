@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from dynrec_jax.models.user_encoder import moments
 from dynrec_jax.train import loop
-from dynrec_jax.train.flops import Cost, training_cost
+from dynrec_jax.train.flops import Cost, Utilisation, training_cost
 
 from .. import tiny
 
@@ -89,3 +89,11 @@ def test_the_peak_is_that_of_all_processes_and_one_unknown_makes_the_share_unkno
     cost = training_cost(model, params, config.loss.negatives)
     assert found.share(10, 30, 0.5) == (10 * cost.target + 30 * cost.pair) / 0.5 / 6e12
     assert loop.utilisation(config, model, state, Three(2e12, None)) is None  # type: ignore[arg-type]
+
+
+def test_a_share_above_all_of_the_peak_is_not_claimed():
+    """The peak was measured while the machine was busy."""
+    half = Utilisation(Cost(target=2.0, pair=1.0), peak=40.0)
+    assert half.share(targets=3, attended=14, seconds=1.0) == 0.5
+    assert half.share(targets=3, attended=14, seconds=0.5) == 1.0
+    assert half.share(targets=3, attended=14, seconds=0.49) is None

@@ -1,5 +1,6 @@
 """The devices' peak: the right line of the table, and one host however many devices it simulates."""
 
+import runpy
 from types import SimpleNamespace
 
 import jax
@@ -38,6 +39,14 @@ def test_the_stated_peak_goes_by_the_kind_of_device(kind: str, bfloat16: float, 
 )
 def test_of_an_unknown_kind_nothing_is_said(kind: str):
     assert peak.stated_peak(kind, "bfloat16") is None
+
+
+def test_the_measured_peak_is_that_of_the_fastest_product():
+    own = runpy.run_path(peak.__file__)  # the session's is given, not measured
+    ticks = iter([0.0, 4.0, 10.0, 12.0])  # the first of two products takes 4 s, the second 2
+    inside = own["measured"].__wrapped__.__globals__
+    inside.update(SIZE=16, time=SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert own["measured"]() == 2 * 16**3 / 2.0
 
 
 def test_simulated_devices_share_one_host(given_peak: float):

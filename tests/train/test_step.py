@@ -121,7 +121,8 @@ def test_the_old_state_is_donated(kind: str):
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "pieces"), [(80, 201, 1), (88, 201, 1), (48, 51, 2), (64, 1001, 8), (8, 9, 1)]
+    ("rows", "width", "pieces"),
+    [(80, 201, 1), (88, 201, 1), (48, 51, 2), (64, 1001, 8), (24, 2731, 8), (8, 9, 1)],
 )
 def test_parts_of_a_batch_on_cpu_are_near_their_size_and_alike_on_each_device(
     rows: int, width: int, pieces: int

@@ -33,6 +33,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "loss.kind": ("full", "sampled"),
     "loss.sampler": ("uniform", "popularity"),
+    "mesh.tables": ("slice", "all"),
     "train.row_optimizer": ("adam", "adagrad"),
     "evaluation.split": ("leave_one_out", "global_time"),
 }
@@ -108,9 +109,13 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
     c.mesh = ml_collections.ConfigDict()
-    c.mesh.data = -1  # devices along each axis; -1 takes those that are left
-    c.mesh.table = 1
-    c.mesh.tensor = 1
+    c.mesh.data = -1  # devices of a slice along each axis; -1 takes those that are left
+    c.mesh.fsdp = 1  # histories and dense weights lie over this axis
+    c.mesh.tensor = 1  # heads and hidden units lie over this axis
+    c.mesh.slices = 0  # groups of devices with a fast network inside; 0: as the devices say
+    c.mesh.tables = (
+        "slice"  # rows of item tables over the devices of a slice, a replica in each; or over "all"
+    )
 
     c.logging = ml_collections.ConfigDict()
     c.logging.every = 50  # steps between lines of metrics
@@ -139,6 +144,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "train.clip_norm",
         "train.weight_decay",
     )
+    _at_least(config, 0, "mesh.slices")
     _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops")
     _within(config, 0, 2**32 - 1, "seed")
     _within(config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2")

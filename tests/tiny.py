@@ -1,6 +1,7 @@
 """Models, batches and meshes so small that a test compiles them in a second."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
 from dynrec_jax.config import default_config, validate
 from dynrec_jax.models.bstm import Bstm, make_bstm
-from dynrec_jax.parallel.mesh import AXES
+from dynrec_jax.parallel.mesh import make_mesh
 
 Row = Sequence[tuple[int, Sequence[int]]]  # windows of one row: (its number in the batch, its items)
 
@@ -77,7 +78,6 @@ def batch(rows: Sequence[Row], width: int) -> Batch:
     return Batch(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
-def mesh(*sizes: int) -> Mesh:
-    """A mesh of (data, table, tensor) devices, the first of those there are."""
-    devices = jax.devices()[: int(np.prod(sizes))]
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+def mesh(*sizes: int, slices: int = 1) -> Mesh:
+    """A mesh of (data, fsdp, tensor) devices in each slice, the first of those there are."""
+    return make_mesh(*sizes, slices=slices, devices=jax.devices()[: slices * math.prod(sizes)])

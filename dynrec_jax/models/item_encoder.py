@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dynrec_jax.parallel.table import rows_for
+from dynrec_jax.parallel.table import ids_of, rows_for
 
 Array = jax.Array
 ID_TABLE = "item_id"
@@ -17,13 +17,13 @@ ID_TABLE = "item_id"
 def init_tables(key: Array, items: int, dim: int) -> dict[str, nn.LogicallyPartitioned]:
     """The row-sharded tables of N items, `{name: [R, D]}`, boxed with their logical axes.
 
-    Rows start with length about 1, whatever D is; the padding row and the rows behind the last item are zero.
+    Rows start with length about 1, whatever D is; rows of no item are zero.
     """
     rows = rows_for(items)
     table_RxD = jax.random.normal(key, (rows, dim), jnp.float32) * dim**-0.5
-    at_R = jnp.arange(rows)[:, None]
-    table_RxD = jnp.where((at_R >= 1) & (at_R <= items), table_RxD, 0.0)
-    return {ID_TABLE: nn.LogicallyPartitioned(table_RxD, ("items", "embed"))}
+    id_Rx1 = ids_of(jnp.arange(rows), rows)[:, None]
+    table_RxD = jnp.where((id_Rx1 >= 1) & (id_Rx1 <= items), table_RxD, 0.0)
+    return {ID_TABLE: nn.LogicallyPartitioned(table_RxD, ("items", None))}
 
 
 class ItemEncoder(nn.Module):

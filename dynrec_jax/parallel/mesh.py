@@ -10,30 +10,74 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from dynrec_jax.errors import ConfigError
-from dynrec_jax.parallel.rules import sharding
+from dynrec_jax.parallel.rules import ITEM_AXES, sharding
 
-AXES = ("data", "table", "tensor")
+AXES = ("slice", "data", "fsdp", "tensor")
 
 
-def make_mesh(data: int = -1, table: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices with the axes `AXES`; one of the sizes may be -1, "what is left".
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    slices: int = 0,
+    tables: str = "slice",
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with the axes `AXES`.
+
+    Args:
+      data: devices of a slice along this axis, as for the two that follow; one of the three may be -1, "what is left".
+      fsdp: see `data`.
+      tensor: see `data`.
+      slices: groups of devices with a fast network inside; 0 for as many as the devices say that they lie in.
+      tables: "slice" for item tables over the devices of a slice, and a replica in each; "all" for tables over all
+        devices. The axis "slice" has the size 1 then, and "data" goes over the slices too.
+      devices: all that there are, unless others are given.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
     """
-    sizes = {"data": data, "table": table, "tensor": tensor}
-    devices = jax.device_count()
+    groups = _slices(jax.devices() if devices is None else devices, slices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    each = len(groups[0])
     unknown = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ConfigError(f"config.mesh: {sizes}; expected sizes from 1 up and at most one -1")
-    if unknown and devices % known == 0:
-        sizes[unknown[0]] = devices // known
-    if math.prod(sizes.values()) != devices:
+    if unknown and each % known == 0:
+        sizes[unknown[0]] = each // known
+    if math.prod(sizes.values()) != each:
+        where = f" of each of {len(groups)} slices" if len(groups) > 1 else ""
         raise ConfigError(
-            f"config.mesh: {sizes} does not make {devices} devices; choose sizes whose product is {devices}"
+            f"config.mesh: {sizes} does not make {each} devices{where}; choose sizes whose product is {each}"
         )
-    return _mesh(tuple(sizes.values()), jax.devices())
+    shape = tuple(sizes.values())
+    # Each slice is laid out by itself, as its network is.
+    placed = np.stack([jax.make_mesh(shape, AXES[1:], devices=group).devices for group in groups])
+    if tables == "all":
+        placed = placed.reshape(1, -1, *shape[1:])
+    return _mesh(placed)
+
+
+def _slices(devices: Sequence[jax.Device], wanted: int) -> list[list[jax.Device]]:
+    """The devices by slice; those that know of no slices are cut in their order."""
+    found: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    if len(found) > 1:
+        if wanted not in (0, len(found)):
+            raise ConfigError(f"config.mesh.slices: {wanted}, and the devices lie in {len(found)}; use 0")
+        if len({len(group) for group in found.values()}) > 1:
+            sizes = ", ".join(str(len(group)) for group in found.values())
+            raise ConfigError(f"config.mesh: slices of {sizes} devices; expected slices of one size")
+        return [found[index] for index in sorted(found)]
+    count = max(wanted, 1)
+    if len(devices) % count:
+        raise ConfigError(
+            f"config.mesh.slices: {len(devices)} devices do not divide into {count} slices; choose a divisor"
+        )
+    each = len(devices) // count
+    return [list(devices[start : start + each]) for start in range(0, len(devices), each)]
 
 
 def usable_mesh(rows: int) -> Mesh:
@@ -52,20 +96,28 @@ def usable_mesh(rows: int) -> Mesh:
             f"{len(held)} processes: item tables of {rows} rows do not divide over them; start a power of two"
         )
     devices = [device for own in held.values() for device in own[:each]]
-    return _mesh((len(devices), 1, 1), devices)
+    return _mesh(np.array(devices).reshape(1, -1, 1, 1))
 
 
-def check_model(mesh: Mesh, rows: int, heads: int) -> None:
+def table_devices(mesh: Mesh) -> int:
+    """Over how many devices the rows of an item table lie."""
+    return math.prod(mesh.shape[axis] for axis in ITEM_AXES)
+
+
+def check_model(mesh: Mesh, rows: int, dim: int, heads: int) -> None:
     """Raises ConfigError where a model does not divide over a mesh."""
-    if rows % mesh.size:
+    holders = table_devices(mesh)
+    if rows % holders:
         raise ConfigError(
-            f"config.mesh: item tables of {rows} rows do not divide over {mesh.size} devices; use a power of two"
+            f"config.mesh: item tables of {rows} rows do not divide over {holders} devices; use a power of two"
         )
-    tensor = mesh.shape["tensor"]
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     if heads % tensor:
         raise ConfigError(
             f"config.mesh.tensor: {tensor} does not divide model.heads={heads}; choose one that does"
         )
+    if dim % fsdp:
+        raise ConfigError(f"config.mesh.fsdp: {fsdp} does not divide model.dim={dim}; choose one that does")
 
 
 class Feed(NamedTuple):
@@ -150,6 +202,6 @@ def _sum(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda x: x.sum(axis=0), out_shardings=where)
 
 
-def _mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
+def _mesh(devices: np.ndarray) -> Mesh:
     # Auto: the compiler places what the rules leave open; Explicit axes would refuse table[ids].
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))

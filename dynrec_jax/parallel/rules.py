@@ -9,17 +9,20 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# "items" are the rows of item tables: over all devices, since they are what grows.
+# Histories lie over all devices but those of a tensor axis. "items" are the rows of item tables: over all devices of
+# a slice, since they are what grows; each slice has a replica. "embed" is the axis of the dense weights that all of
+# them have (FSDP); activations leave it whole.
+BATCH_AXES = ("slice", "data", "fsdp")
+ITEM_AXES = ("data", "fsdp", "tensor")
 RULES: tuple[tuple[str, tuple[str, ...] | str | None], ...] = (
-    ("batch", ("data", "table")),
-    ("items", ("data", "table", "tensor")),
+    ("batch", BATCH_AXES),
+    ("items", ITEM_AXES),
     ("heads", "tensor"),
     ("hidden", "tensor"),
-    ("embed", None),
+    ("embed", "fsdp"),
     ("head_dim", None),
     ("length", None),
 )
-ITEM_AXES = ("data", "table", "tensor")
 
 
 def spec(*names: str | None) -> PartitionSpec:

@@ -1,6 +1,10 @@
-"""Item tables: `float[R, D]`, row 0 padding, rows 1 .. N the items, the rest filled up and never used.
+"""Item tables: `float[R, D]`, one row an item, and which row that is.
 
-The number of rows does not depend on the mesh, so that a checkpoint opens on any other.
+Neither the number of rows nor an item's row depends on the mesh, so that a checkpoint opens on any other. In a small
+table the row of item i is row i. A large one lies over many devices in contiguous pieces, and popular items, whose
+numbers may be neighbours, must not all have the same owner: there item i lies in strip `i mod STRIPS`, and the strips
+follow each other in the order of their reversed bits, so that over any power of two of devices the owner goes by
+`i mod devices`. Row 0 is padding; rows of no item are zero and never used.
 """
 
 from collections.abc import Callable
@@ -10,17 +14,45 @@ import jax
 import jax.numpy as jnp
 
 ROWS_MULTIPLE = 256  # tables divide over any power of two of devices up to so many
+STRIPED_FROM = 2**16  # rows; smaller tables keep the order of the items
+STRIP_BITS = 12
+STRIPS = 2**STRIP_BITS
 
 
 def rows_for(items: int) -> int:
-    """Rows of a table for N items and the padding row, rounded up to `ROWS_MULTIPLE`."""
-    return -(-(items + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    """Rows of a table for N items and the padding row, rounded up to `ROWS_MULTIPLE`, or `STRIPS` of a large one."""
+    rows = -(-(items + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    return rows if rows < STRIPED_FROM else -(-rows // STRIPS) * STRIPS
+
+
+def rows_of(ids: Any, rows: int) -> Any:
+    """The row of each item index, int32 of any shape, NumPy's or JAX's, in a table of so many rows."""
+    if rows < STRIPED_FROM:
+        return ids
+    return _reversed(ids & (STRIPS - 1)) * (rows // STRIPS) + (ids >> STRIP_BITS)
+
+
+def ids_of(row: Any, rows: int) -> Any:
+    """The item index of each row: undoes `rows_of`."""
+    if rows < STRIPED_FROM:
+        return row
+    strip = rows // STRIPS
+    return (row % strip << STRIP_BITS) + _reversed(row // strip)
+
+
+def _reversed(strip: Any) -> Any:
+    """The strip's number with its bits in the opposite order."""
+    mirrored = strip & 0
+    for _ in range(STRIP_BITS):
+        mirrored = (mirrored << 1) | (strip & 1)
+        strip = strip >> 1
+    return mirrored
 
 
 def lookup(table_RxD: jax.Array, ids: jax.Array) -> jax.Array:
-    """The rows of `ids` (any shape): `[..., D]`. Ids must lie in 0 .. R-1; padding gives row 0."""
+    """The rows of item indices (any shape): `[..., D]`. They must lie in 0 .. R-1; padding gives row 0."""
     with jax.named_scope("lookup"):
-        return jnp.take(table_RxD, ids, axis=0, mode="clip")
+        return jnp.take(table_RxD, rows_of(ids, table_RxD.shape[0]), axis=0, mode="clip")
 
 
 def merge(ids_M: jax.Array, gradients_MxD: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ from dynrec_jax.batch import Batch
 from dynrec_jax.models.bstm import Bstm, Rows
 from dynrec_jax.models.item_encoder import ID_TABLE
 from dynrec_jax.parallel.rules import sharding
-from dynrec_jax.parallel.table import RowOptimizer, lookup, merge
+from dynrec_jax.parallel.table import RowOptimizer, lookup, merge, rows_of
 from dynrec_jax.train.state import TrainState, trainable
 
 Array = jax.Array
@@ -107,7 +107,7 @@ def train_step(
     rows = None
     if model.sampled:
         table = tables[ID_TABLE]
-        ids_M, rows_MxD = merge(sums.ids, sums.rows / weight, table.shape[0])
+        ids_M, rows_MxD = merge(rows_of(sums.ids, table.shape[0]), sums.rows / weight, table.shape[0])
         rows = (ids_M, rows_MxD)
         square = square + jnp.sum(rows_MxD**2)
     norm = jnp.sqrt(square)

@@ -68,8 +68,8 @@ def train(
     keep_programs(config, cache_dir, processes)
 
     def placed() -> "tuple[Mesh, Feed]":
-        mesh = make_mesh(config.mesh.data, config.mesh.table, config.mesh.tensor)
-        check_model(mesh, rows_for(dataset.items), config.model.heads)
+        mesh = make_mesh(**config.mesh)
+        check_model(mesh, rows_for(dataset.items), config.model.dim, config.model.heads)
         own = feed(mesh, processes.index)
         check_batch(config.train.batch_size, dataset.shards, own.parts)
         return mesh, own

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
 from dynrec_jax.config import default_config
 from dynrec_jax.evaluate.recommender import Recommender
 from dynrec_jax.models.bstm import MODELS, Bstm
-from dynrec_jax.parallel.mesh import AXES
+from dynrec_jax.parallel.mesh import make_mesh
 from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.loop import step_settings
 from dynrec_jax.train.optimizer import make_optimizer, make_row_optimizer, make_schedule
@@ -43,7 +43,7 @@ def shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
 
 
 def one_device() -> Mesh:
-    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return make_mesh(devices=jax.devices()[:1])
 
 
 def table_bytes(config: ml_collections.ConfigDict, items: int) -> int:

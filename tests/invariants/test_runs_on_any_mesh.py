@@ -68,7 +68,7 @@ def environment(devices: int, **more: str) -> dict[str, str]:
 
 def commands(folder: Path, name: str, config: Path, sizes: tuple[int, ...]) -> list[list[str]]:
     mesh = [
-        f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "table", "tensor"), sizes, strict=True)
+        f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True)
     ]
     workdir = f"--workdir={folder / name}"
     return [

@@ -27,7 +27,7 @@ def test_the_first_lane_is_the_sum_of_mixed_places_and_bits():
     assert int(digest(jnp.asarray(x))[0]) == total % 2**32
 
 
-@pytest.mark.parametrize("spec", [(("data", "table", "tensor"), None), ("data", "tensor"), (None, "table")])
+@pytest.mark.parametrize("spec", [(("data", "fsdp", "tensor"), None), ("data", "tensor"), (None, "fsdp")])
 def test_it_does_not_depend_on_how_an_array_lies(spec: tuple):
     x = jax.random.normal(jax.random.key(0), (16, 8))
     placed = jax.device_put(x, NamedSharding(make_mesh(2, 2, 2), PartitionSpec(*spec)))
@@ -61,13 +61,13 @@ def test_arrays_are_digested_together_wherever_they_lie():
     arrays = [np.arange(16, dtype=np.float32).reshape(8, 2), np.int32(7), np.ones((2, 2, 2), np.uint8)]
     alone = [np.asarray(digest(jnp.asarray(x))).astype(">u4").tobytes().hex() for x in arrays]
     assert digests(arrays) == alone
-    specs = [PartitionSpec(("data", "table"), "tensor"), PartitionSpec(), PartitionSpec("data")]
+    specs = [PartitionSpec(("data", "fsdp"), "tensor"), PartitionSpec(), PartitionSpec("data")]
     placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
     assert digests(placed) == alone
     assert digests([]) == []
 
 
-@pytest.mark.parametrize("spec", [(), (("data", "table", "tensor"),)])
+@pytest.mark.parametrize("spec", [(), (("data", "fsdp", "tensor"),)])
 def test_it_needs_no_memory_of_the_size_of_the_array(spec: tuple):
     x = jax.ShapeDtypeStruct(
         (65536, 8), jnp.float32, sharding=NamedSharding(make_mesh(2, 2, 2), PartitionSpec(*spec))

@@ -12,9 +12,9 @@ from .. import tiny
 
 
 def test_names_become_mesh_axes():
-    assert rules.spec("batch", None) == PartitionSpec(("data", "table"), None)
-    assert rules.spec("items", "embed") == PartitionSpec(("data", "table", "tensor"), None)
-    assert rules.spec("embed", "heads", "head_dim") == PartitionSpec(None, "tensor", None)
+    assert rules.spec("batch", None) == PartitionSpec(("slice", "data", "fsdp"), None)
+    assert rules.spec("items", None) == PartitionSpec(("data", "fsdp", "tensor"), None)
+    assert rules.spec("embed", "heads", "head_dim") == PartitionSpec("fsdp", "tensor", None)
     assert rules.spec() == PartitionSpec()
 
 
@@ -23,7 +23,9 @@ def test_an_unknown_name_is_refused():
         rules.spec("batch", "wheels")
 
 
-@pytest.mark.parametrize("names", [("batch", "items"), ("heads", "hidden"), ("items", "heads")])
+@pytest.mark.parametrize(
+    "names", [("batch", "items"), ("heads", "hidden"), ("items", "heads"), ("items", "embed")]
+)
 def test_a_mesh_axis_is_never_used_twice(names: tuple[str, str]):
     with pytest.raises(ValueError, match="a mesh axis is used twice"):
         rules.spec(*names)
@@ -31,7 +33,7 @@ def test_a_mesh_axis_is_never_used_twice(names: tuple[str, str]):
 
 def test_rows_of_a_table_lie_on_all_devices():
     mesh = tiny.mesh(2, 2, 2)
-    table = jax.device_put(jnp.zeros((16, 3)), rules.sharding(mesh, "items", "embed"))
+    table = jax.device_put(jnp.zeros((16, 3)), rules.sharding(mesh, "items", None))
     assert {shard.data.shape for shard in table.addressable_shards} == {(2, 3)}
     assert len({shard.index[0].start for shard in table.addressable_shards}) == 8
     # Rows ascend with the device's place along ITEM_AXES: what the streams number their rows by.
@@ -46,7 +48,7 @@ def test_a_tree_takes_its_places_from_its_boxes():
         "count": jax.ShapeDtypeStruct((), jnp.int32),
     }
     placed = rules.tree_shardings(mesh, tree)
-    assert placed["kernel"].spec == PartitionSpec(None, "tensor")
+    assert placed["kernel"].spec == PartitionSpec("fsdp", "tensor")
     assert placed["count"].is_fully_replicated
 
 

@@ -7,11 +7,18 @@ follow each other in the order of their reversed bits, so that over any power of
 `i mod devices`. Row 0 is padding; rows of no item are zero and never used.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dynrec_jax.parallel import capacity
+from dynrec_jax.parallel.exchange import Delivery, Exchange, anything_open, gather_rows
+from dynrec_jax.parallel.rules import BATCH_AXES, ITEM_AXES
+
+Array = jax.Array
 
 ROWS_MULTIPLE = 256  # tables divide over any power of two of devices up to so many
 STRIPED_FROM = 2**16  # rows; smaller tables keep the order of the items
@@ -49,84 +56,118 @@ def _reversed(strip: Any) -> Any:
     return mirrored
 
 
-def lookup(table_RxD: jax.Array, ids: jax.Array) -> jax.Array:
-    """The rows of item indices (any shape): `[..., D]`. They must lie in 0 .. R-1; padding gives row 0."""
+def lookup(table_RxD: Array, ids_BxL: Array, exchange: Exchange | None = None) -> Array:
+    """The rows of item indices, `[B, L, D]`; differentiable in the table, with a gradient of its size.
+
+    Args:
+      table_RxD: rows over `ITEM_AXES`.
+      ids_BxL: in 0 .. R-1, over the axes of the batch; padding gives row 0.
+      exchange: sizes of the exchange between devices; by default, those for ids that are spread evenly.
+    """
     with jax.named_scope("lookup"):
-        return jnp.take(table_RxD, rows_of(ids, table_RxD.shape[0]), axis=0, mode="clip")
+        mesh = _several()
+        if mesh is None:
+            return _take(table_RxD, ids_BxL)
+        inside = functools.partial(_lookup, exchange or capacity.default(mesh, ids_BxL.size))
+        whole = jax.shard_map(inside, in_specs=(ROWS, BATCH), out_specs=BATCH, check_vma=False)
+        return whole(table_RxD, ids_BxL)
 
 
-def merge(ids_M: jax.Array, gradients_MxD: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Sums gradients of the same row, so that an optimizer sees each touched row once.
-
-    Returns:
-      ids int32[M] without repeats and their summed gradients [M, D]; places left over, and padding, carry the
-      id `rows`, which updates drop.
-    """
-    order = jnp.argsort(ids_M)
-    ids_M, gradients_MxD = ids_M[order], gradients_MxD[order]
-    first_M = jnp.concatenate([jnp.ones((1,), bool), ids_M[1:] != ids_M[:-1]])
-    segment_M = jnp.cumsum(first_M) - 1
-    count = ids_M.shape[0]
-    summed_MxD = jax.ops.segment_sum(gradients_MxD, segment_M, num_segments=count, indices_are_sorted=True)
-    merged_M = jnp.full((count,), rows, jnp.int32).at[segment_M].set(ids_M.astype(jnp.int32))
-    return jnp.where(merged_M == 0, rows, merged_M), summed_MxD * (merged_M != 0)[:, None]
-
-
-class RowOptimizer(NamedTuple):
-    """An optimizer that moves touched rows alone.
-
-    Attributes:
-      init: table [R, D] -> state.
-      update: (table, state, ids, gradients, learning rate) -> (table, state), with `ids` as `merge` gives them.
-        Rows that are not named neither move nor decay.
-    """
-
-    init: Callable[[jax.Array], Any]
-    update: Callable[[jax.Array, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+def lookup_both(
+    table_RxD: Array, ids_BxL: Array, shared_K: Array, exchange: Exchange | None = None
+) -> tuple[Array, Array]:
+    """`lookup` of a batch, and of ids that all devices share, `[K, D]`, in one exchange; not differentiable."""
+    with jax.named_scope("lookup"):
+        mesh = _several()
+        if mesh is None:
+            return _take(table_RxD, ids_BxL), _take(table_RxD, shared_K)
+        exchange = exchange or capacity.default(mesh, ids_BxL.size + shared_K.size)
+        inside = functools.partial(_lookup_both, exchange)
+        whole = jax.shard_map(inside, in_specs=(ROWS, BATCH, ROWS), out_specs=(BATCH, ROWS), check_vma=False)
+        # Each device asks for its share of them, and all get all of it behind the lookup.
+        rows_BxLxD, shared_KxD = whole(table_RxD, ids_BxL, filled_up(shared_K, capacity.owners(mesh)))
+        return rows_BxLxD, shared_KxD[: shared_K.shape[0]]
 
 
-def rowwise_adagrad(epsilon: float = 1e-8) -> RowOptimizer:
-    """Adagrad with one accumulator a row: the mean of its squared gradients (Duchi et al. 2011, per row)."""
-
-    def init(table_RxD: jax.Array) -> jax.Array:
-        return jnp.zeros((table_RxD.shape[0],), jnp.float32)
-
-    def update(table: jax.Array, state: jax.Array, ids: jax.Array, grads: jax.Array, rate: jax.Array) -> Any:
-        state = state.at[ids].add(jnp.mean(jnp.square(grads), axis=-1), mode="drop")
-        seen = state.at[ids].get(mode="fill", fill_value=1.0)
-        table = table.at[ids].add(-rate * grads / (jnp.sqrt(seen) + epsilon)[:, None], mode="drop")
-        return table, state
-
-    return RowOptimizer(init, update)
+def filled_up(x: Array, multiple: int) -> Array:
+    """`x` with zeros behind its first axis, up to a multiple."""
+    return jnp.pad(x, ((0, -x.shape[0] % multiple), *((0, 0),) * (x.ndim - 1)))
 
 
-class AdamRows(NamedTuple):
-    """First and second moments [R, D] and the number of updates of each row [R]."""
-
-    mean: jax.Array
-    square: jax.Array
-    updates: jax.Array
+BATCH, ROWS = PartitionSpec(BATCH_AXES), PartitionSpec(ITEM_AXES)
 
 
-def lazy_adam(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -> RowOptimizer:
-    """Adam (Kingma & Ba 2015) on touched rows; moments and bias correction count a row's own updates."""
+def _several() -> Any:
+    """The mesh, where it has several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
 
-    def init(table_RxD: jax.Array) -> AdamRows:
-        zeros = jnp.zeros(table_RxD.shape, jnp.float32)
-        return AdamRows(zeros, zeros, jnp.zeros((table_RxD.shape[0],), jnp.int32))
 
-    def update(table: jax.Array, state: AdamRows, ids: jax.Array, grads: jax.Array, rate: jax.Array) -> Any:
-        mean = beta1 * state.mean.at[ids].get(mode="fill", fill_value=0.0) + (1 - beta1) * grads
-        square = beta2 * state.square.at[ids].get(mode="fill", fill_value=0.0) + (1 - beta2) * grads**2
-        count = state.updates.at[ids].get(mode="fill", fill_value=0) + 1
-        t = count.astype(jnp.float32)[:, None]
-        step = (mean / (1 - beta1**t)) / (jnp.sqrt(square / (1 - beta2**t)) + epsilon)
-        table = table.at[ids].add((-rate * step).astype(table.dtype), mode="drop")
-        state = AdamRows(
-            state.mean.at[ids].set(mean, mode="drop"),
-            state.square.at[ids].set(square, mode="drop"),
-            state.updates.at[ids].set(count, mode="drop"),
-        )
-        return table, state
+def _take(table_RxD: Array, ids: Array) -> Array:
+    return jnp.take(table_RxD, rows_of(ids, table_RxD.shape[0]), axis=0, mode="clip")
 
-    return RowOptimizer(init, update)
+
+# --- inside shard_map ------------------------------------------------------------------------------------------
+
+
+def own_share(x: Array, fill: int | float) -> Array:
+    """[M, …] -> [M / T, …]: the T devices of a tensor axis hold the same of a batch, and each takes a share of it."""
+    tensor = jax.lax.axis_size("tensor")
+    if tensor == 1:
+        return x
+    more = ((0, -x.shape[0] % tensor), *((0, 0),) * (x.ndim - 1))
+    parts = jnp.pad(x, more, constant_values=fill).reshape(tensor, -1, *x.shape[1:])
+    return parts[jax.lax.axis_index("tensor")]
+
+
+def _whole(share: Array, size: int) -> Array:
+    """Undoes `own_share`."""
+    return jax.lax.all_gather(share, "tensor", tiled=True)[:size]
+
+
+def _rows_in(table_RxD: Array) -> int:
+    """Rows of the whole table, by this device's piece of it."""
+    return table_RxD.shape[0] * jax.lax.axis_size(ITEM_AXES)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lookup(exchange: Exchange, table_RxD: Array, ids_BxL: Array) -> Array:
+    rows = _rows_in(table_RxD)
+    row_M = own_share(rows_of(ids_BxL, rows).reshape(-1), rows)
+    found_MxD = gather_rows(table_RxD, row_M, exchange)
+    return _whole(found_MxD, ids_BxL.size).reshape(*ids_BxL.shape, -1)
+
+
+def _lookup_forward(exchange: Exchange, table_RxD: Array, ids_BxL: Array) -> tuple[Array, Any]:
+    return _lookup(exchange, table_RxD, ids_BxL), (ids_BxL, table_RxD[:0], table_RxD.shape[0])
+
+
+def _lookup_backward(exchange: Exchange, saved: Any, g_BxLxD: Array) -> tuple[Array, None]:
+    ids_BxL, like, held = saved
+    rows = held * jax.lax.axis_size(ITEM_AXES)
+    # shard_map hands each device of the tensor axis its share of the gradient of what they all hold.
+    g_MxD = own_share(g_BxLxD.reshape(-1, g_BxLxD.shape[-1]) * jax.lax.axis_size("tensor"), 0)
+    delivery = Delivery.of(own_share(rows_of(ids_BxL, rows).reshape(-1), rows), g_MxD, held, exchange)
+
+    def add(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        sum_RxD, open_M, _ = carry
+        own_T, g_TxD, open_M = delivery.round(open_M)
+        return sum_RxD.at[own_T].add(g_TxD, mode="drop"), open_M, anything_open(open_M)
+
+    start = (jnp.zeros((held, g_MxD.shape[1]), g_MxD.dtype), delivery.all_open, jnp.bool_(True))
+    with jax.named_scope("lookup_rounds"):
+        sum_RxD, _, _ = jax.lax.while_loop(lambda carry: carry[2], add, start)
+    return sum_RxD.astype(like.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def _lookup_both(
+    exchange: Exchange, table_RxD: Array, ids_BxL: Array, shared_K: Array
+) -> tuple[Array, Array]:
+    rows = _rows_in(table_RxD)
+    share_M = own_share(rows_of(ids_BxL, rows).reshape(-1), rows)
+    found = gather_rows(table_RxD, jnp.concatenate([share_M, rows_of(shared_K, rows)]), exchange)
+    own_MxD, shared_KxD = found[: share_M.shape[0]], found[share_M.shape[0] :]
+    return _whole(own_MxD, ids_BxL.size).reshape(*ids_BxL.shape, -1), shared_KxD

@@ -6,7 +6,7 @@ import jax
 import ml_collections
 import optax
 
-from dynrec_jax.parallel.table import RowOptimizer, lazy_adam, rowwise_adagrad
+from dynrec_jax.parallel.rows import RowOptimizer, lazy_adam, rowwise_adagrad
 
 BETA1 = 0.9
 NO_DECAY = ("position", "direction")  # embeddings among the dense weights

@@ -10,8 +10,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from dynrec_jax.models.bstm import Bstm
+from dynrec_jax.parallel.rows import RowOptimizer
 from dynrec_jax.parallel.rules import sharding, tree_shardings
-from dynrec_jax.parallel.table import RowOptimizer
 
 # Of a program that runs once: on CPU it compiles in 1.9 s instead of 2.7, to the same weights.
 QUICKLY = {"xla_backend_optimization_level": 1}

@@ -16,8 +16,10 @@ from dynrec_jax import losses
 from dynrec_jax.batch import Batch
 from dynrec_jax.models.bstm import Bstm, Rows
 from dynrec_jax.models.item_encoder import ID_TABLE
+from dynrec_jax.parallel.exchange import Exchange
+from dynrec_jax.parallel.rows import Clip, RowOptimizer, Touched, update_rows
 from dynrec_jax.parallel.rules import sharding
-from dynrec_jax.parallel.table import RowOptimizer, lookup, merge, rows_of
+from dynrec_jax.parallel.table import lookup, lookup_both
 from dynrec_jax.train.state import TrainState, trainable
 
 Array = jax.Array
@@ -35,6 +37,7 @@ class StepSettings(NamedTuple):
       negatives: K of a sampled loss.
       logq: whether a sampled loss corrects for the sampler.
       pieces: over how many devices the rows of a batch lie, where these are CPUs; 0 elsewhere.
+      exchange: how devices exchange table rows; None for sizes that suit ids spread evenly.
     """
 
     seed: int
@@ -43,6 +46,7 @@ class StepSettings(NamedTuple):
     negatives: int
     logq: bool
     pieces: int = 0
+    exchange: Exchange | None = None
 
 
 class Gradients(NamedTuple):
@@ -52,15 +56,15 @@ class Gradients(NamedTuple):
       loss: scalar.
       weight: scalar, number of targets.
       dense: gradient of what Optax updates.
-      ids: int32[M] rows touched; empty on the dense path.
-      rows: float[M, D], their gradients.
+      rows: float[B, L + 1, D], of the rows that were looked up for the batch; None on the dense path.
+      shared: float[K, D], of the negatives' rows; None on the dense path.
     """
 
     loss: Array
     weight: Array
     dense: Any
-    ids: Array
-    rows: Array
+    rows: Array | None = None
+    shared: Array | None = None
 
 
 def train_step(
@@ -91,42 +95,40 @@ def train_step(
       a target look at, each itself included), `gradient_norm`, `learning_rate`.
     """
     key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
-    function = _row_gradients if model.sampled else _dense_gradients
-
-    def part(batch: Batch) -> Gradients:
-        # One key for all parts: dropout goes by a window's number in the whole batch, and the parts share negatives.
-        # Which windows make a part depends on how they lie in rows, and nothing may depend on that.
-        return function(model, state, batch, running_R, key, settings)
-
     rows, width = batch.items.shape
     parts = settings.accumulation or parts_for(rows, width, settings.pieces)
-    sums = _accumulate(part, batch, parts)
-    weight = jnp.maximum(sums.weight, 1.0)
-    square = (optax.tree.norm(sums.dense) / weight) ** 2
-    tables, row_state = state.tables, state.row_state
-    rows = None
-    if model.sampled:
-        table = tables[ID_TABLE]
-        ids_M, rows_MxD = merge(rows_of(sums.ids, table.shape[0]), sums.rows / weight, table.shape[0])
-        rows = (ids_M, rows_MxD)
-        square = square + jnp.sum(rows_MxD**2)
-    norm = jnp.sqrt(square)
-    shrink = jnp.minimum(1.0, settings.clip_norm / jnp.maximum(norm, 1e-12)) if settings.clip_norm else 1.0
     rate = schedule(state.step)
-    dense = jax.tree.map(lambda g: g * (shrink / weight), sums.dense)
-    with jax.named_scope("optimizer"):
-        updates, opt_state = tx.update(dense, state.opt_state, trainable(model, state.params, tables))
-        updated = optax.apply_updates(trainable(model, state.params, tables), updates)
-    if rows is not None:
-        new, new_state = row_tx.update(tables[ID_TABLE], row_state[ID_TABLE], rows[0], rows[1] * shrink, rate)
-        tables, row_state = {**tables, ID_TABLE: new}, {**row_state, ID_TABLE: new_state}
+    tables, row_state = state.tables, state.row_state
+    if model.sampled:
+        sums, touched = _row_gradients(model, state, batch, running_R, key, settings, parts)
     else:
-        tables = updated["tables"]
+        sums, touched = _dense_gradients(model, state, batch, key, settings, parts), None
+    weight = jnp.maximum(sums.weight, 1.0)
+    clip = Clip(settings.clip_norm, (optax.tree.norm(sums.dense) / weight) ** 2)
+    rows_square = jnp.float32(0)
+    if touched is not None:
+        table, of_table, rows_square = update_rows(
+            tables[ID_TABLE],
+            row_state[ID_TABLE],
+            touched.times(1.0 / weight),
+            rate,
+            clip,
+            optimizer=row_tx,
+            exchange=settings.exchange,
+        )
+        tables, row_state = {**tables, ID_TABLE: table}, {**row_state, ID_TABLE: of_table}
+    factor = clip.factor(rows_square) / weight
+    dense = jax.tree.map(lambda g: g * factor, sums.dense)
+    with jax.named_scope("optimizer"):
+        old = trainable(model, state.params, state.tables)
+        updates, opt_state = tx.update(dense, state.opt_state, old)
+        updated = optax.apply_updates(old, updates)
+    tables = tables if touched is not None else updated["tables"]
     metrics = {
         "loss": sums.loss / weight,
         "targets": sums.weight,
         "attended": jnp.sum(jnp.where(batch.remaining > 0, batch.positions + 1, 0), dtype=jnp.float32),
-        "gradient_norm": norm,
+        "gradient_norm": jnp.sqrt(clip.square + rows_square),
         "learning_rate": jnp.float32(rate),
     }
     return TrainState(state.step + 1, updated["params"], tables, opt_state, row_state), metrics
@@ -146,8 +148,12 @@ def parts_for(rows: int, width: int, pieces: int) -> int:
     )
 
 
-def _accumulate(part: Callable[[Batch], Gradients], batch: Batch, parts: int) -> Gradients:
-    """The sums over a batch, computed part by part."""
+def _accumulate(part: Callable[[Any], Gradients], batch: Any, parts: int) -> Gradients:
+    """The sums over a batch, a tree of arrays [B, …], computed part by part; rows' gradients in the batch's order.
+
+    One key serves all parts: dropout goes by a window's number in the whole batch, and the parts share negatives.
+    Which windows make a part depends on how they lie in rows, and nothing may depend on that.
+    """
     if parts == 1:
         return part(batch)
 
@@ -156,38 +162,31 @@ def _accumulate(part: Callable[[Batch], Gradients], batch: Batch, parts: int) ->
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     stacked = jax.tree.map(split, batch)
-    first = jax.eval_shape(part, jax.tree.map(lambda x: x[0], stacked))
+    first = jax.eval_shape(part, jax.tree.map(lambda x: x[0], stacked))._replace(rows=None)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
-    def add(carry: Any, each: Batch) -> tuple[Any, tuple[Array, Array]]:
-        sums = part(each)
-        loss, weight, dense = carry
-        dense = jax.tree.map(jnp.add, dense, sums.dense)
-        return (loss + sums.loss, weight + sums.weight, dense), (sums.ids, sums.rows)
+    def add(sums: Gradients, each: Any) -> tuple[Gradients, Array | None]:
+        more = part(each)
+        return jax.tree.map(jnp.add, sums, more._replace(rows=None)), more.rows
 
-    start = (zero.loss, zero.weight, zero.dense)
-    (loss, weight, dense), (ids, rows) = jax.lax.scan(add, start, stacked)
-    return Gradients(loss, weight, dense, ids.reshape(-1), rows.reshape(-1, rows.shape[-1]))
+    sums, rows = jax.lax.scan(add, zero, stacked)
+    return sums._replace(rows=jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rows))
 
 
 def _dense_gradients(
-    model: Bstm,
-    state: TrainState,
-    batch: Batch,
-    running_R: Array | None,
-    key: Array,
-    settings: StepSettings,
+    model: Bstm, state: TrainState, batch: Batch, key: Array, settings: StepSettings, parts: int
 ) -> Gradients:
-    def loss(tree: dict[str, Any]) -> tuple[Array, Array]:
-        table = tree["tables"][ID_TABLE]
-        rows = Rows(items=lookup(table, batch.items), catalogue=table)
-        return model.loss(tree["params"], rows, batch, None, key)
+    def part(batch: Batch) -> Gradients:
+        def loss(tree: dict[str, Any]) -> tuple[Array, Array]:
+            table = tree["tables"][ID_TABLE]
+            rows = Rows(items=lookup(table, batch.items, settings.exchange), catalogue=table)
+            return model.loss(tree["params"], rows, batch, None, key)
 
-    (total, weight), dense = jax.value_and_grad(loss, has_aux=True)(
-        {"params": state.params, "tables": state.tables}
-    )
-    dim = state.tables[ID_TABLE].shape[1]
-    return Gradients(total, weight, dense, jnp.zeros((0,), jnp.int32), jnp.zeros((0, dim)))
+        tree = {"params": state.params, "tables": state.tables}
+        (total, weight), dense = jax.value_and_grad(loss, has_aux=True)(tree)
+        return Gradients(total, weight, dense)
+
+    return _accumulate(part, batch, parts)
 
 
 def _row_gradients(
@@ -197,21 +196,29 @@ def _row_gradients(
     running_R: Array | None,
     key: Array,
     settings: StepSettings,
-) -> Gradients:
+    parts: int,
+) -> tuple[Gradients, Touched]:
     table = state.tables[ID_TABLE]
     negatives_key, dropout_key = jax.random.split(key)
     drawn = losses.draw_negatives(
         negatives_key, settings.negatives, model.abra.items, running_R, settings.logq
     )
-    looked_up = Rows(items=lookup(table, batch.items), negatives=lookup(table, drawn.ids))
+    items_BxLxD, shared_KxD = lookup_both(table, batch.items, drawn.ids, settings.exchange)
 
-    def loss(params: Any, rows: Rows) -> tuple[Array, Array]:
-        return model.loss(params, rows, batch, drawn, dropout_key)
+    def part(each: tuple[Batch, Array]) -> Gradients:
+        batch, items_BxLxD = each
 
-    (total, weight), (dense, rows) = jax.value_and_grad(loss, (0, 1), has_aux=True)(state.params, looked_up)
-    ids_M = jnp.concatenate([batch.items.reshape(-1), drawn.ids])
-    rows_MxD = jnp.concatenate([rows.items.reshape(-1, table.shape[1]), rows.negatives])
-    return Gradients(total, weight, {"params": dense}, ids_M, rows_MxD)
+        def loss(params: Any, items_BxLxD: Array, shared_KxD: Array) -> tuple[Array, Array]:
+            rows = Rows(items=items_BxLxD, negatives=shared_KxD)
+            return model.loss(params, rows, batch, drawn, dropout_key)
+
+        (total, weight), (dense, items, shared) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
+            state.params, items_BxLxD, shared_KxD
+        )
+        return Gradients(total, weight, {"params": dense}, items, shared)
+
+    sums = _accumulate(part, (batch, items_BxLxD), parts)
+    return sums, Touched(batch.items, sums.rows, drawn.ids, sums.shared)
 
 
 def compile_step(

@@ -68,7 +68,8 @@ def train(
     keep_programs(config, cache_dir, processes)
 
     def placed() -> "tuple[Mesh, Feed]":
-        mesh = make_mesh(**config.mesh)
+        m = config.mesh
+        mesh = make_mesh(m.data, m.fsdp, m.tensor, m.slices, m.tables)
         check_model(mesh, rows_for(dataset.items), config.model.dim, config.model.heads)
         own = feed(mesh, processes.index)
         check_batch(config.train.batch_size, dataset.shards, own.parts)

@@ -13,7 +13,7 @@ from dynrec_jax.batch import Batch
 from dynrec_jax.models.bstm import make_bstm
 from dynrec_jax.parallel.mesh import feed, make_mesh, place_rows
 from dynrec_jax.parallel.processes import join
-from dynrec_jax.parallel.table import rowwise_adagrad
+from dynrec_jax.parallel.rows import rowwise_adagrad
 from dynrec_jax.train.state import init_state
 from dynrec_jax.train.step import StepSettings, compile_step
 

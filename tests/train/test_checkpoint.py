@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dynrec_jax.errors import DataError, MachineError
-from dynrec_jax.parallel.table import lazy_adam
+from dynrec_jax.parallel.rows import lazy_adam
 from dynrec_jax.train import manifest, saving
 from dynrec_jax.train.checkpoint import Checkpoints, open_model
 from dynrec_jax.train.state import TrainState

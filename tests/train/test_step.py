@@ -11,7 +11,7 @@ import pytest
 
 from dynrec_jax import losses
 from dynrec_jax.models.bstm import make_bstm
-from dynrec_jax.parallel.table import RowOptimizer
+from dynrec_jax.parallel.rows import RowOptimizer
 from dynrec_jax.train import step
 from dynrec_jax.train.state import init_state
 from dynrec_jax.train.step import StepSettings, compile_step, parts_for

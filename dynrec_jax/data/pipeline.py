@@ -66,6 +66,7 @@ class BatchSource:
     """Random access to the training batches, by step; of several processes each has its part of every batch.
 
     Attributes:
+      items: int, size of the catalogue.
       trained_users: int, histories of this part that train.
       filled: float, share of this part's draws that name a history: a shard may be empty.
       width: events of a row.
@@ -97,6 +98,7 @@ class BatchSource:
         examples.check_batch(config.train.batch_size, histories.dataset.shards, parts)
         self._histories = histories
         self._config = config
+        self.items = histories.dataset.items
         self._part, self._parts = part, parts
         able_U = trains(splits)
         self._user = np.nonzero(able_U)[0]

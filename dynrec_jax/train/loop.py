@@ -16,6 +16,7 @@ from dynrec_jax.data.examples import NONE, Splits
 from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.models.bstm import MODELS, Bstm
+from dynrec_jax.parallel.exchange import Exchange
 from dynrec_jax.parallel.mesh import Feed, feed, place_rows, place_same, row_pieces, sum_of_parts
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.rules import sharding
@@ -26,9 +27,10 @@ from dynrec_jax.train.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, 
 from dynrec_jax.train.metrics_writer import MetricsWriter, SilentWriter
 from dynrec_jax.train.optimizer import make_optimizer, make_row_optimizer, make_schedule
 from dynrec_jax.train.peak import peak_of_process
+from dynrec_jax.train.plan import described, exchange_of_batches
 from dynrec_jax.train.progress import Progress
 from dynrec_jax.train.state import TrainState, init_state
-from dynrec_jax.train.step import StepSettings, compile_step
+from dynrec_jax.train.step import CompiledStep, StepSettings
 
 StepFunction = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
@@ -61,7 +63,8 @@ def train(
     own = feed(mesh, processes.index)
     source = BatchSource(histories, splits, config, own.pieces, own.part, own.parts)
     model = MODELS[config.model.name](config, histories.dataset.items)
-    state, step_fn = setup(config, model, mesh)
+    exchange = exchange_of_batches(config, mesh, source, own, processes)
+    state, step_fn = setup(config, model, mesh, exchange)
     with contextlib.ExitStack() as opened:
         quiet = not processes.first
         progress_bar = opened.enter_context(Progress("training", config.train.steps, quiet=quiet))
@@ -78,6 +81,8 @@ def train(
         opened.enter_context(contextlib.closing(writer))
         running = running_counts(config, histories, splits, mesh, own)
         _announce(progress_bar, config, histories, source, state, start, processes, own)
+        if exchange is not None:
+            progress_bar.say(described(exchange))
         evaluator = _evaluator(config, histories, splits, model, mesh, processes)
         evaluation = EvaluateHook(config, evaluator, writer, standing, progress_bar)
         log = LogHook(config, writer, progress_bar, start, utilisation(config, model, state, processes))
@@ -94,21 +99,31 @@ def train(
     return {"step": step, **standing}
 
 
-def setup(config: ml_collections.ConfigDict, model: Bstm, mesh: Mesh) -> tuple[TrainState, StepFunction]:
-    """A fresh state on the mesh and the compiled step that goes with it."""
-    tx, row_tx = make_optimizer(config), make_row_optimizer(config)
-    state, shardings = init_state(model, tx, row_tx, mesh, config.seed)
-    fixed = {
+def setup(
+    config: ml_collections.ConfigDict, model: Bstm, mesh: Mesh, exchange: Exchange | None = None
+) -> tuple[TrainState, CompiledStep]:
+    """A fresh state on the mesh and the step that goes with it, compiled when it is called."""
+    fixed = step_arguments(config, model, mesh, exchange)
+    state, shardings = init_state(model, fixed["tx"], fixed["row_tx"], mesh, config.seed)
+    return state, CompiledStep(mesh, shardings, **fixed)
+
+
+def step_arguments(
+    config: ml_collections.ConfigDict, model: Bstm, mesh: Mesh, exchange: Exchange | None
+) -> dict[str, Any]:
+    """The keyword arguments of `train_step`."""
+    return {
         "model": model,
-        "tx": tx,
-        "row_tx": row_tx,
+        "tx": make_optimizer(config),
+        "row_tx": make_row_optimizer(config),
         "schedule": make_schedule(config),
-        "settings": step_settings(config, mesh),
+        "settings": step_settings(config, mesh, exchange),
     }
-    return state, compile_step(mesh, shardings, **fixed)
 
 
-def step_settings(config: ml_collections.ConfigDict, mesh: Mesh) -> StepSettings:
+def step_settings(
+    config: ml_collections.ConfigDict, mesh: Mesh, exchange: Exchange | None = None
+) -> StepSettings:
     """What the config and the devices say of a step."""
     return StepSettings(
         seed=config.seed,
@@ -117,6 +132,7 @@ def step_settings(config: ml_collections.ConfigDict, mesh: Mesh) -> StepSettings
         negatives=config.loss.negatives,
         logq=config.loss.logq,
         pieces=row_pieces(mesh) if mesh.devices.flat[0].platform == "cpu" else 0,
+        exchange=exchange,
     )
 
 

@@ -1,5 +1,6 @@
 """The state of a training run: a tree, and where each leaf lies on the mesh."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -44,26 +45,40 @@ def init_state(
     model: Bstm, tx: optax.GradientTransformation, rows: RowOptimizer, mesh: Mesh, seed: int
 ) -> tuple[TrainState, TrainState]:
     """A fresh state, each leaf made where it lies, and the state's shardings."""
-
-    def boxed(seed: jax.Array) -> TrainState:
-        variables = model.init(jax.random.key(seed))
-        params, tables = variables["params"], variables["tables"]
-        row_state = (
-            {name: rows.init(nn.meta.unbox(table)) for name, table in tables.items()} if model.sampled else {}
-        )
-        opt_state = tx.init(trainable(model, params, tables))
-        return TrainState(jnp.int32(0), params, tables, opt_state, row_state)
-
+    fresh = functools.partial(_boxed, model, tx, rows)
     with jax.set_mesh(mesh):
         # Names are read off the boxed shapes; the state itself is made without boxes, in its place.
-        shardings = state_shardings(mesh, jax.eval_shape(boxed, np.uint32(seed)))
+        shardings = state_shardings(mesh, jax.eval_shape(fresh, np.uint32(seed)))
         # The seed as a number: an array of one process's device could not enter a program of several.
         make = jax.jit(
-            lambda seed: nn.meta.unbox(boxed(seed)),
+            lambda seed: nn.meta.unbox(fresh(seed)),
             out_shardings=shardings,
             compiler_options=QUICKLY if mesh.devices.flat[0].platform == "cpu" else None,
         )
         return make(np.uint32(seed)), shardings
+
+
+def abstract_state(
+    model: Bstm, tx: optax.GradientTransformation, rows: RowOptimizer, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """What `init_state` gives, as shapes alone that know where they lie: nothing is allocated."""
+    fresh = functools.partial(_boxed, model, tx, rows)
+    with jax.set_mesh(mesh):
+        shardings = state_shardings(mesh, jax.eval_shape(fresh, np.uint32(0)))
+        shapes = jax.eval_shape(lambda seed: nn.meta.unbox(fresh(seed)), np.uint32(0))
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+    ), shardings
+
+
+def _boxed(model: Bstm, tx: optax.GradientTransformation, rows: RowOptimizer, seed: jax.Array) -> TrainState:
+    variables = model.init(jax.random.key(seed))
+    params, tables = variables["params"], variables["tables"]
+    row_state = (
+        {name: rows.init(nn.meta.unbox(table)) for name, table in tables.items()} if model.sampled else {}
+    )
+    opt_state = tx.init(trainable(model, params, tables))
+    return TrainState(jnp.int32(0), params, tables, opt_state, row_state)
 
 
 def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:

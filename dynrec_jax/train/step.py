@@ -221,22 +221,29 @@ def _row_gradients(
     return sums, Touched(batch.items, sums.rows, drawn.ids, sums.shared)
 
 
-def compile_step(
-    mesh: Mesh, shardings: TrainState, **fixed: Any
-) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """`train_step` under jit: shardings and donation in one place. `fixed` are its keyword arguments."""
-    place = sharding(mesh, "batch", None)
-    batch = Batch(*(place,) * len(Batch._fields))
-    replicated = sharding(mesh)
-    step = jax.jit(
-        lambda state, batch, cumulative: train_step(state, batch, cumulative, **fixed),
-        in_shardings=(shardings, batch, replicated),
-        out_shardings=(shardings, replicated),
-        donate_argnums=(0,),
-    )
+class CompiledStep:
+    """`train_step` under jit: shardings and donation in one place."""
 
-    def run(state: TrainState, batch: Batch, cumulative: Array | None) -> tuple[TrainState, dict[str, Array]]:
-        with jax.set_mesh(mesh):
-            return step(state, batch, cumulative)
+    def __init__(self, mesh: Mesh, shardings: TrainState, **fixed: Any):
+        """For a state that lies as `shardings` say; `fixed` are the step's keyword arguments."""
+        self._mesh = mesh
+        replicated = sharding(mesh)
+        batch = Batch(*(sharding(mesh, "batch", None),) * len(Batch._fields))
+        self._step = jax.jit(
+            lambda state, batch, running_R: train_step(state, batch, running_R, **fixed),
+            in_shardings=(shardings, batch, replicated),
+            out_shardings=(shardings, replicated),
+            donate_argnums=(0,),
+        )
 
-    return run
+    def __call__(
+        self, state: TrainState, batch: Batch, running_R: Array | None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """One step; `state` is donated."""
+        with jax.set_mesh(self._mesh):
+            return self._step(state, batch, running_R)
+
+    def lower(self, state: TrainState, batch: Batch, running_R: Any) -> jax.stages.Lowered:
+        """The step for shapes, to be compiled ahead of time."""
+        with jax.set_mesh(self._mesh):
+            return self._step.lower(state, batch, running_R)

@@ -15,7 +15,7 @@ from dynrec_jax.parallel.mesh import feed, make_mesh, place_rows
 from dynrec_jax.parallel.processes import join
 from dynrec_jax.parallel.rows import rowwise_adagrad
 from dynrec_jax.train.state import init_state
-from dynrec_jax.train.step import StepSettings, compile_step
+from dynrec_jax.train.step import CompiledStep, StepSettings
 
 from .. import tiny
 
@@ -39,7 +39,7 @@ def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
     state, shardings = init_state(model, tx, rows, mesh, seed=3)
     settings = StepSettings(seed=5, accumulation=1, clip_norm=0.0, negatives=16, logq=True)
     schedule = optax.constant_schedule(0.1)
-    run = compile_step(mesh, shardings, model=model, tx=tx, row_tx=rows, schedule=schedule, settings=settings)
+    run = CompiledStep(mesh, shardings, model=model, tx=tx, row_tx=rows, schedule=schedule, settings=settings)
     rng = np.random.default_rng(0)
     w = [
         (n, rng.integers(1, ITEMS + 1, length).tolist()) for n, length in enumerate([9, 4, 5, 7, 2, 9, 3], 1)

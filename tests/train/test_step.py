@@ -14,7 +14,7 @@ from dynrec_jax.models.bstm import make_bstm
 from dynrec_jax.parallel.rows import RowOptimizer
 from dynrec_jax.train import step
 from dynrec_jax.train.state import init_state
-from dynrec_jax.train.step import StepSettings, compile_step, parts_for
+from dynrec_jax.train.step import CompiledStep, StepSettings, parts_for
 
 from .. import tiny
 
@@ -47,7 +47,7 @@ def one_step(kind: str, accumulation: int, clip: float, pieces: int = 0) -> Done
         seed=1, accumulation=accumulation, clip_norm=clip, negatives=4, logq=True, pieces=pieces
     )
     schedule = optax.constant_schedule(1.0)
-    run = compile_step(mesh, shardings, model=model, tx=tx, row_tx=rows, schedule=schedule, settings=settings)
+    run = CompiledStep(mesh, shardings, model=model, tx=tx, row_tx=rows, schedule=schedule, settings=settings)
     before = jax.tree.map(np.array, {"params": state.params, "tables": state.tables})
     drawn = losses.Negatives(jnp.asarray(NEGATIVES), jnp.full((4,), jnp.log(4 / ITEMS)))
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,73 @@
+"""Rows asked of their owners, and gradients brought home: as plain indexing, whatever is asked and fits at once."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dynrec_jax.parallel.exchange import Exchange
+
+from .. import tiny
+from . import exchange_cases as cases
+
+ROOT = Path(__file__).resolve().parents[2]
+# Devices (data, fsdp, tensor), slices, and what goes at once: one row and up, in one hop and in two.
+SIZES = [
+    ((8, 1, 1), 1, Exchange((8,), (1,), 1)),
+    ((1, 8, 1), 1, Exchange((8,), (5,), 64)),
+    ((2, 2, 2), 1, Exchange((2, 4), (1, 1), 1)),
+    ((1, 1, 8), 1, Exchange((4, 2), (3, 2), 5)),
+    ((2, 2, 1), 2, Exchange((4,), (2,), 3)),
+    ((1, 1, 2), 4, Exchange((2,), (40,), 64)),
+    ((1, 1, 1), 8, Exchange((1,), (3,), 2)),
+    ((1, 1, 1), 1, None),
+]
+
+
+def assert_right(found: dict[str, np.ndarray], kind: str, where: str) -> None:
+    for name, want in cases.expected(cases.case(kind)).items():
+        np.testing.assert_allclose(
+            found[name], want, rtol=1e-6, atol=1e-6, err_msg=f"{where}, {kind}: {name}"
+        )
+
+
+@pytest.mark.parametrize("kind", ["uniform", "zipf", "same", "shard"])
+@pytest.mark.parametrize(("sizes", "slices", "exchange"), SIZES)
+def test_rows_and_gradients_are_those_of_plain_indexing(
+    sizes: tuple[int, int, int], slices: int, exchange: Exchange | None, kind: str
+):
+    found = cases.found(cases.case(kind), tiny.mesh(*sizes, slices=slices), exchange)
+    assert_right(found, kind, f"{sizes} in {slices} slices")
+
+
+def test_rows_and_gradients_are_the_same_in_two_processes(tmp_path: Path):
+    out = tmp_path / "found.npz"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    shared = {
+        **os.environ,
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_CPU_DEVICES": "4",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.parallel.exchange_cases", str(out)],
+            cwd=ROOT,
+            env={**shared, "JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    with np.load(out) as file:
+        for kind in ("zipf", "shard"):
+            found = {name.split("/")[1]: file[name] for name in file.files if name.startswith(kind)}
+            assert_right(found, kind, "2 processes")

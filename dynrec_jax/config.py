@@ -31,8 +31,9 @@ CHOICES = {
     "model.name": ("bstm",),
     "model.block": ("prenorm", "seed"),
     "model.dtype": ("float32", "bfloat16"),
-    "loss.kind": ("full", "sampled"),
-    "loss.sampler": ("uniform", "popularity"),
+    "model.remat": ("none", "block", "products"),
+    "loss.kind": ("full", "sampled", "gbce"),
+    "loss.sampler": ("uniform", "popularity", "in_batch", "mixed"),
     "mesh.tables": ("slice", "all"),
     "train.row_optimizer": ("adam", "adagrad"),
     "evaluation.split": ("leave_one_out", "global_time"),
@@ -67,14 +68,28 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.forward_weight = 1.0  # of the traversal that predicts the next item
     c.model.backward_weight = 0.5  # of the traversal that predicts the previous item; 0 leaves it out
     c.model.dtype = "float32"  # of activations and matrix products; parameters stay float32
+    # What the gradient computes again instead of keeping it: nothing; all of a "block", a third more work; or all but
+    # "products" of matrices and attention's means, little more work.
+    c.model.remat = "none"
+    c.model.scan_layers = False  # one program for all blocks but the last: compiled once, however many layers
 
     c.loss = ml_collections.ConfigDict()
-    c.loss.kind = "full"  # softmax over the whole catalogue, or "sampled"
-    c.loss.block_items = 8192  # catalogue rows that are scored at a time
-    c.loss.block_positions = 512  # positions that are scored at a time
-    c.loss.negatives = 512  # "sampled": negatives that a batch shares
-    c.loss.sampler = "uniform"  # "sampled": where they come from; "popularity" follows training counts
+    # Softmax over the whole catalogue; softmax over the target and negatives ("sampled"); or binary cross-entropy
+    # over them, generalised so that few negatives do not make a model too sure of itself ("gbce").
+    c.loss.kind = "full"
+    c.loss.block_items = 8192  # catalogue rows that a device scores at a time
+    c.loss.block_positions = (
+        512  # positions that the devices of a slice score at a time, one of each at least
+    )
+    c.loss.negatives = 512  # negatives that a batch shares
+    # Where negatives come from: all items alike; training counts ("popularity"); events of the batch ("in_batch"); or
+    # both, so that items that no batch has are seen too ("mixed").
+    c.loss.sampler = "uniform"
+    c.loss.uniform_share = 0.5  # "mixed": share of the negatives that are uniform
     c.loss.logq = True  # "sampled": correct for how likely a negative was drawn
+    c.loss.calibration = (
+        0.75  # "gbce": its t, from 0, plain cross-entropy, to 1, probabilities as without sampling
+    )
 
     c.train = ml_collections.ConfigDict()
     c.train.steps = 5_000  # optimizer steps
@@ -89,7 +104,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.weight_decay = 0.01  # of matrices of the encoder; never of item tables, norms or biases
     c.train.clip_norm = 1.0  # of the whole gradient; 0 does not clip
     c.train.beta2 = 0.98  # Adam's second moment: recent enough for rates that fall
-    c.train.row_optimizer = "adam"  # of table rows where only touched rows move ("sampled")
+    c.train.row_optimizer = "adam"  # of table rows where only touched rows move (all losses but "full")
     c.train.checkpoint_every = 500  # steps
     c.train.evaluate_every = 500  # steps; 0 evaluates after the last one alone
     c.train.keep_last = 2  # checkpoints kept beside the best one
@@ -148,6 +163,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops")
     _within(config, 0, 2**32 - 1, "seed")
     _within(config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2")
+    _within(config, 0.0, 1.0, "loss.uniform_share", "loss.calibration")
     for key, value in flat(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"config.{key}: {value}; expected a finite number")
@@ -167,7 +183,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             "config.model: forward_weight and backward_weight are both 0; nothing would be trained"
         )
-    if c.model.hops and c.loss.kind == "sampled":
+    if c.model.hops and c.loss.kind != "full":
         raise ConfigError(
             "config.model.hops: a refined query needs the whole catalogue; use loss.kind=full, or hops=0"
         )

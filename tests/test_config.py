@@ -41,6 +41,9 @@ def test_the_defaults_are_valid():
         ("model.block", "post", "config.model.block"),
         ("model.dtype", "float16", "config.model.dtype"),
         ("loss.kind", "hinge", "config.loss.kind"),
+        ("loss.sampler", "hard", "config.loss.sampler"),
+        ("loss.uniform_share", 1.5, "config.loss.uniform_share"),
+        ("loss.calibration", -0.5, "config.loss.calibration"),
         ("train.steps", 0, "config.train.steps: 0; expected 1 or more"),
         ("seed", -1, "config.seed"),
         ("model.dropout", 1.0, "config.model.dropout"),
@@ -70,10 +73,11 @@ def test_both_weights_at_0_and_hops_without_a_catalogue_are_refused():
     c.update_from_flattened_dict({"model.forward_weight": 0.0, "model.backward_weight": 0.0})
     with pytest.raises(ConfigError, match="nothing would be trained"):
         configs.validate(c)
-    c = configs.default_config()
-    c.update_from_flattened_dict({"model.hops": 1, "loss.kind": "sampled"})
-    with pytest.raises(ConfigError, match="a refined query needs the whole catalogue"):
-        configs.validate(c)
+    for kind in ("sampled", "gbce"):
+        c = configs.default_config()
+        c.update_from_flattened_dict({"model.hops": 1, "loss.kind": kind})
+        with pytest.raises(ConfigError, match="a refined query needs the whole catalogue"):
+            configs.validate(c)
 
 
 def attributes_read() -> set[str]:

@@ -14,6 +14,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"config", "batch", "allocator", "files"},
     {"data", "parallel", "compiled"},
+    {"negatives"},
     {"losses"},
     {"models"},
     {"evaluate"},

@@ -50,15 +50,22 @@ def bstm(items: int, seed: int = 0, **changes: Any) -> tuple[Bstm, Any, Any]:
     """A small model with its params and tables."""
     c = config(**changes)
     m = c.model
-    variables = _variables(items, seed, c.data.max_length, m.dim, m.layers, m.heads, m.block)
+    variables = _variables(items, seed, c.data.max_length, m.dim, m.layers, m.heads, m.block, m.scan_layers)
     return make_bstm(c, items), variables["params"], variables["tables"]
 
 
 @functools.cache
-def _variables(items: int, seed: int, length: int, dim: int, layers: int, heads: int, block: str) -> Any:
+def _variables(
+    items: int, seed: int, length: int, dim: int, layers: int, heads: int, block: str, scan_layers: bool
+) -> Any:
     """Fresh variables: they depend on these keys alone, so models that share them compile `init` once."""
     c = config(
-        data__max_length=length, model__dim=dim, model__layers=layers, model__heads=heads, model__block=block
+        data__max_length=length,
+        model__dim=dim,
+        model__layers=layers,
+        model__heads=heads,
+        model__block=block,
+        model__scan_layers=scan_layers,
     )
     return nn.meta.unbox(jax.jit(make_bstm(c, items).init)(jax.random.key(seed)))
 

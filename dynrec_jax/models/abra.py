@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dynrec_jax.parallel import stream
+from dynrec_jax.parallel.blocks import Blocks
+from dynrec_jax.parallel.mixture import mixture
 from dynrec_jax.parallel.topk import top_k
 
 Array = jax.Array
@@ -59,9 +60,9 @@ class Abra:
         return 1.0 / (self.temperature * (2 * self.dim) ** 0.5)
 
     @property
-    def blocks(self) -> stream.Blocks:
+    def blocks(self) -> Blocks:
         """How the catalogue is streamed."""
-        return stream.Blocks(self.items, self.scale, self.block_items, self.block_positions)
+        return Blocks(self.items, self.scale, self.block_items, self.block_positions)
 
     def unit(self, x: Array) -> Array:
         """`x`, at unit length over the last axis where the config asks for it. Zero stays zero."""
@@ -69,11 +70,14 @@ class Abra:
             return x
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
 
-    def query(self, u_PxD: Array, table_RxD: Array) -> Array:
-        """The query that is scored, after `hops` refinements; `table` as `unit` gives it."""
+    def query(self, u_PxD: Array, table_RxD: Array, count: Array | None = None) -> Array:
+        """The query that is scored, after `hops` refinements; `table` as `unit` gives it.
+
+        `count` is how many queries each device has, as `mixture` takes it; None says that all of them are real.
+        """
         u_PxD = self.unit(u_PxD)
         for _ in range(self.hops):
-            u_PxD = self.unit(u_PxD + stream.mixture(u_PxD, table_RxD, self.blocks))
+            u_PxD = self.unit(u_PxD + mixture(u_PxD, table_RxD, self.blocks, count))
         return u_PxD
 
     def recommend(self, u_BxD: Array, table_RxD: Array, seen_BxM: Array, k: int) -> Recommendation:
@@ -83,7 +87,7 @@ class Abra:
         """
         q_BxD = self.query(u_BxD, table_RxD)
         ids_BxK, scores_BxK = self.best(q_BxD, table_RxD, seen_BxM, k)
-        return Recommendation(ids_BxK, scores_BxK, stream.mixture(q_BxD, table_RxD, self.blocks))
+        return Recommendation(ids_BxK, scores_BxK, mixture(q_BxD, table_RxD, self.blocks))
 
     def best(self, q_BxD: Array, table_RxD: Array, seen_BxM: Array, k: int) -> tuple[Array, Array]:
         """ids and scores of `recommend`, without the mixture, for queries and a table that are ready."""

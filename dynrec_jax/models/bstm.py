@@ -19,6 +19,7 @@ from dynrec_jax.models.abra import Abra, Recommendation
 from dynrec_jax.models.attention import Direction
 from dynrec_jax.models.item_encoder import ID_TABLE, ItemEncoder, init_tables
 from dynrec_jax.models.user_encoder import Moments, UserEncoder, moments
+from dynrec_jax.negatives import Negatives
 
 Array = jax.Array
 
@@ -65,7 +66,8 @@ class Bstm:
       abra: the attention over the catalogue.
       max_length: L.
       dtype: of matrix products.
-      sampled: whether the loss samples negatives instead of using the whole catalogue.
+      loss_kind: "full", "sampled" or "gbce".
+      calibration: gBCE's t.
       forward_weight: weight of the forward traversal in the loss.
       backward_weight: weight of the backward traversal; 0 leaves it out.
     """
@@ -74,9 +76,15 @@ class Bstm:
     abra: Abra
     max_length: int
     dtype: Any
-    sampled: bool
+    loss_kind: str
+    calibration: float
     forward_weight: float
     backward_weight: float
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the loss samples negatives instead of using the whole catalogue."""
+        return self.loss_kind != "full"
 
     def init(self, key: Array) -> dict[str, Any]:
         """Boxed variables `{'params': dense weights, 'tables': {name: [R, D]}}`."""
@@ -109,7 +117,7 @@ class Bstm:
         return self.item_vectors(params, tables[ID_TABLE])
 
     def loss(
-        self, params: Any, rows: Rows, batch: Batch, negatives: losses.Negatives | None, key: Array
+        self, params: Any, rows: Rows, batch: Batch, negatives: Negatives | None, key: Array
     ) -> tuple[Array, Array]:
         """Weighted sum of both traversals' losses over all targets, and the number of (forward) targets."""
         table = None if rows.catalogue is None else self.item_vectors(params, rows.catalogue)
@@ -130,7 +138,7 @@ class Bstm:
         batch: Batch,
         direction: Direction,
         table: Array | None,
-        negatives: losses.Negatives | None,
+        negatives: Negatives | None,
         key: Array,
     ) -> Array:
         early, late = slice(None, -1), slice(1, None)
@@ -141,7 +149,7 @@ class Bstm:
         vector_BxLxD = self.item_vectors(params, rows.items[:, predict])
         at = losses.gather_positions(u_BxLxD, vector_BxLxD, batch.items[:, predict], _pairs(batch))
         if table is not None:
-            at = at._replace(query=self.abra.query(at.query, table))
+            at = at._replace(query=self.abra.query(at.query, table, at.number))
             return losses.full_softmax(at, table, self.abra.blocks, self.dtype)
         if rows.negatives is None or negatives is None:
             raise ValueError(
@@ -149,6 +157,10 @@ class Bstm:
             )
         at = at._replace(query=self.abra.unit(at.query))
         drawn = self.item_vectors(params, rows.negatives)
+        if self.loss_kind == "gbce":
+            return losses.generalised_bce(
+                at, drawn, negatives, self.abra.blocks, self.dtype, self.calibration
+            )
         return losses.sampled_softmax(at, drawn, negatives, self.abra.blocks, self.dtype)
 
     def last_vector(self, params: Any, rows_BxLxD: Array, items_BxL: Array) -> Array:
@@ -175,7 +187,18 @@ def make_bstm(config: ml_collections.ConfigDict, items: int) -> Bstm:
     """The model that a config describes, for a catalogue of N items."""
     m = config.model
     dtype = jnp.dtype(m.dtype)
-    user = UserEncoder(config.data.max_length, m.layers, m.heads, m.block, m.feedforward, m.dropout, dtype)
+    user = UserEncoder(
+        max_length=config.data.max_length,
+        layers=m.layers,
+        heads=m.heads,
+        block=m.block,
+        feedforward=m.feedforward,
+        dropout=m.dropout,
+        dtype=dtype,
+        time_buckets=0,
+        remat=m.remat,
+        scan_layers=m.scan_layers,
+    )
     abra = Abra(
         dim=m.dim,
         items=items,
@@ -190,7 +213,8 @@ def make_bstm(config: ml_collections.ConfigDict, items: int) -> Bstm:
         abra=abra,
         max_length=config.data.max_length,
         dtype=dtype,
-        sampled=config.loss.kind == "sampled",
+        loss_kind=config.loss.kind,
+        calibration=config.loss.calibration,
         forward_weight=m.forward_weight,
         backward_weight=m.backward_weight,
     )

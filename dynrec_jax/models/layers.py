@@ -4,32 +4,39 @@ A block maps `[B, L, D]` to `[B, L, D]`, or to the vectors that are wanted alone
 stand. The config names it; `BLOCKS` at the end lists the names.
 """
 
+import dataclasses
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
-from dynrec_jax.models.attention import Direction, attention, attention_at, bounds
+from dynrec_jax.models.attention import SAVED, Direction, TimeBias, attention, attention_at, bounds
 
 Array = jax.Array
 
 
-class Places(NamedTuple):
-    """What a block knows of the events besides their vectors.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """What a block knows of the events besides their vectors; a tree, so that blocks can be scanned and computed again.
 
     Attributes:
       reach: int32[B, L], how many events before it (backward: behind it) an event may look at.
       counters: uint32[B, L], numbers of the events that dropout's bits are made from.
       direction: of the traversal.
       read: int32[B], the only position of each row whose vector is wanted; None for all of them.
+      times: int32[B, L], seconds, where attention knows of time; otherwise None.
     """
 
     reach: Array
     counters: Array
-    direction: Direction
+    direction: Direction = dataclasses.field(metadata={"static": True})
     read: Array | None = None
+    times: Array | None = None
 
     def wanted(self, x: Array) -> Array:
         """What is wanted of an array `[B, L, …]`: all of it, or `[B, 1, …]`."""
@@ -115,6 +122,39 @@ class LayerNorm(nn.Module):
         return (y * scale_D.reshape(lead) + bias_D.reshape(lead)).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: Array, kernel: Array, inputs: int) -> Array:
+    """`x [P, …in] · kernel […in, …out]`, `[P, …out]`, multiplied in the type of `x`, and of it.
+
+    Everything is added up in float32. So is the kernel's gradient, which stays float32: rounded to bfloat16 first, it
+    would also be added up in bfloat16 over devices.
+
+    Args:
+      x: of any float type.
+      kernel: float32.
+      inputs: how many axes go in.
+    """
+    return _sum(x, kernel.astype(x.dtype), inputs).astype(x.dtype)
+
+
+def _linear_forward(x: Array, kernel: Array, inputs: int) -> tuple[Array, tuple[Array, Array]]:
+    return linear(x, kernel, inputs), (x, kernel)
+
+
+def _linear_backward(inputs: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    outputs = tuple(range(1, g.ndim)), tuple(range(inputs, kernel.ndim))
+    dx = _sum(g, kernel.astype(x.dtype), outputs).astype(x.dtype)
+    return dx, _sum(x, g, ((0,), (0,)))
+
+
+def _sum(a: Array, b: Array, axes: Any) -> Array:
+    return jnp.tensordot(a, b, axes, preferred_element_type=jnp.float32)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
 class Dense(nn.Module):
     """A linear map of the last axes, without bias, whose kernel carries logical axis names.
 
@@ -147,15 +187,22 @@ class Dense(nn.Module):
         )
         # One axis of positions: with two, XLA's gradient of the kernel takes twice as long on CPU.
         flat_x = x.reshape(-1, *contracted).astype(self.dtype)
-        y = jnp.tensordot(flat_x, kernel.astype(self.dtype), self.inputs)
+        y = checkpoint_name(linear(flat_x, kernel, self.inputs), SAVED)
         return y.reshape(*lead, *self.features)
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017) of a history over itself; gives what is wanted of it."""
+    """Multi-head attention (Vaswani et al. 2017) of a history over itself; gives what is wanted of it.
+
+    Attributes:
+      heads: H.
+      dtype: of products.
+      time_buckets: T of the bias by the time between events; 0 for none.
+    """
 
     heads: int
     dtype: Any
+    time_buckets: int
 
     @nn.compact
     def __call__(self, x_BxLxD: Array, at: Places) -> Array:
@@ -170,13 +217,28 @@ class Attention(nn.Module):
 
         q_BxHxQxE = project("query", at.wanted(x_BxLxD)) * each**-0.5
         k_BxHxLxE, v_BxHxLxE = project("key", x_BxLxD), project("value", x_BxLxD)
+        bias = self._bias(at)
         if at.read is None:
-            y_BxHxQxE = attention(q_BxHxQxE, k_BxHxLxE, v_BxHxLxE, at.reach, at.direction)
+            y_BxHxQxE = attention(q_BxHxQxE, k_BxHxLxE, v_BxHxLxE, at.reach, at.direction, bias)
         else:
             low_B, high_B = (at.wanted(bound_BxL)[:, 0] for bound_BxL in bounds(at.reach, at.direction))
-            y_BxHxQxE = attention_at(q_BxHxQxE[:, :, 0], k_BxHxLxE, v_BxHxLxE, low_B, high_B)[:, :, None]
+            time_B = None if bias is None else at.wanted(bias.times)[:, 0]
+            q_BxHxE = q_BxHxQxE[:, :, 0]
+            y_BxHxE = attention_at(q_BxHxE, k_BxHxLxE, v_BxHxLxE, low_B, high_B, bias, time_B)
+            y_BxHxQxE = y_BxHxE[:, :, None]
         out = Dense((dim,), ("heads", "head_dim", "embed"), self.dtype, inputs=2, name="out")
         return out(y_BxHxQxE.swapaxes(1, 2))
+
+    def _bias(self, at: Places) -> TimeBias | None:
+        if not self.time_buckets:
+            return None
+        if at.times is None:
+            raise ValueError(
+                f"time_buckets={self.time_buckets}: attention needs the events' times; found none"
+            )
+        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads", None))
+        table_HxT = self.param("time_bias", init, (self.heads, self.time_buckets), jnp.float32)
+        return TimeBias(table_HxT, at.times)
 
 
 class SeedBlock(nn.Module):
@@ -186,12 +248,13 @@ class SeedBlock(nn.Module):
     feedforward: float
     dropout: float
     dtype: Any
+    time_buckets: int
 
     @nn.compact
     def __call__(self, x_BxLxD: Array, at: Places) -> Array:
         dim = x_BxLxD.shape[-1]
         hidden = round(dim * self.feedforward)
-        a_BxLxD = Attention(self.heads, self.dtype, name="attention")(x_BxLxD, at)
+        a_BxLxD = Attention(self.heads, self.dtype, self.time_buckets, name="attention")(x_BxLxD, at)
         x_BxLxD, counters_BxL = at.wanted(x_BxLxD), at.wanted(at.counters)
         x_BxLxD = LayerNorm(name="attention_norm")(x_BxLxD + Dropout(self.dropout)(a_BxLxD, counters_BxL))
         h_BxLxF = nn.relu(Dense((hidden,), ("embed", "hidden"), self.dtype, name="up")(x_BxLxD))
@@ -209,12 +272,13 @@ class PrenormBlock(nn.Module):
     feedforward: float
     dropout: float
     dtype: Any
+    time_buckets: int
 
     @nn.compact
     def __call__(self, x_BxLxD: Array, at: Places) -> Array:
         dim = x_BxLxD.shape[-1]
         hidden = max(8, round(dim * self.feedforward * 2 / 3 / 8) * 8)
-        a_BxLxD = Attention(self.heads, self.dtype, name="attention")(
+        a_BxLxD = Attention(self.heads, self.dtype, self.time_buckets, name="attention")(
             RmsNorm(name="attention_norm")(x_BxLxD), at
         )
         x_BxLxD, counters_BxL = at.wanted(x_BxLxD), at.wanted(at.counters)

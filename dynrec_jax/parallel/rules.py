@@ -22,6 +22,7 @@ RULES: tuple[tuple[str, tuple[str, ...] | str | None], ...] = (
     ("embed", "fsdp"),
     ("head_dim", None),
     ("length", None),
+    ("layers", None),
 )
 
 

@@ -1,18 +1,26 @@
 """The k best items of the whole catalogue, streamed by blocks of rows and merged over devices.
 
-Equal scores rank by the lowest item index, in every block and every merge: `lax.top_k` prefers the earlier
-element, and blocks and devices are joined in the order of their rows.
+Equal scores rank by the lowest item index, in every block and every merge. A device goes over its rows in the order of
+their items, and `lax.top_k` prefers the earlier element; so a block's items come behind all those of the blocks before
+it. Devices are joined in the order of their rows where that is the order of items, and by (score, index) where it is
+not. Queries lie over the slices, each of which has the whole catalogue.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from dynrec_jax.parallel.blocks import ROWS, SLICE_AXES, Devices, on_devices
 from dynrec_jax.parallel.rules import ITEM_AXES
+from dynrec_jax.parallel.table import STRIPED_FROM, STRIPS, ids_of, rows_of
 
 Array = jax.Array
+
+QUERIES, LISTS = PartitionSpec(SLICE_AXES), PartitionSpec((*SLICE_AXES, *ITEM_AXES))
 
 
 def top_k(
@@ -22,89 +30,153 @@ def top_k(
 
     Args:
       u_BxD: query vectors.
-      table_RxD: the catalogue, rows over all devices of the mesh.
+      table_RxD: the catalogue, rows over the devices of a slice.
       seen_BxM: int32 item indices to leave out; 0 names none.
       k: length of the list, at most `items`.
-      items: N; rows 1 .. N are items.
+      items: N.
       scale: what multiplies u·v.
-      rows: catalogue rows scored at a time.
+      rows: catalogue rows that a device scores at a time.
 
     Returns:
       ids int32[B, k], best first, and their scores float32[B, k]. Where fewer than k items are left, the list
       ends in the id 0 with the score -inf.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    local = functools.partial(_local, k=k, items=items, scale=scale, rows=rows)
-    if mesh.empty or mesh.size == 1:
-        return local(u_BxD, table_RxD, seen_BxM, first=jnp.int32(0))
-
-    def inside(u_BxD: Array, table_RxD: Array, seen_BxM: Array) -> tuple[Array, Array]:
-        first = jax.lax.axis_index(ITEM_AXES) * table_RxD.shape[0]
-        found = local(u_BxD, table_RxD, seen_BxM, first=first)
-        # Each device merges its share of the queries, so that lists travel once and not to everybody.
-        ids, scores = (
-            jax.lax.all_to_all(x_BxK, ITEM_AXES, split_axis=0, concat_axis=1, tiled=True) for x_BxK in found
-        )
-        return _best(ids, scores, k)
-
-    whole, table, spread = PartitionSpec(), PartitionSpec(ITEM_AXES), PartitionSpec(ITEM_AXES)
-    merged = jax.shard_map(inside, in_specs=(whole, table, whole), out_specs=spread, check_vma=False)
-    batch = u_BxD.shape[0]
-    more = (0, -batch % mesh.size), (0, 0)
-    ids_BxK, scores_BxK = merged(jnp.pad(u_BxD, more), table_RxD, jnp.pad(seen_BxM, more))
+    batch, pieces = u_BxD.shape[0], 1 if mesh.empty else mesh.size
+    more = (0, -batch % pieces), (0, 0)
+    settings = _Settings(k, items, scale, rows)
+    ids_BxK, scores_BxK = on_devices(
+        functools.partial(_lists, settings),
+        (QUERIES, ROWS, QUERIES),
+        LISTS,
+        *(jnp.pad(u_BxD, more), table_RxD, jnp.pad(seen_BxM, more)),
+    )
     return ids_BxK[:batch], scores_BxK[:batch]
 
 
-def _local(
-    u_BxD: Array,
-    table_RxD: Array,
-    seen_BxM: Array,
-    *,
-    first: Array,
-    k: int,
-    items: int,
-    scale: float,
-    rows: int,
+class _Settings(NamedTuple):
+    """Those of `top_k`."""
+
+    k: int
+    items: int
+    scale: float
+    rows: int
+
+
+class _Order(NamedTuple):
+    """A device's rows in the order of their items.
+
+    Attributes:
+      rows: (first place, number of places) -> [C, D], the rows of the places that follow each other.
+      ids: places -> the items there.
+      places: items -> where they are; where no place is, if they are of another device.
+      by_row: whether all devices together have the items in the order of their rows.
+    """
+
+    rows: Callable[[Array, int], Array]
+    ids: Callable[[Array], Array]
+    places: Callable[[Array], Array]
+    by_row: bool
+
+
+def _order(table_RxD: Array, devices: Devices) -> _Order:
+    """How a device finds its items in their order.
+
+    In a striped table a device of n, where n is a power of two, has the items `low + n·place`; of any other n the
+    items that it has are sorted.
+    """
+    held, count = table_RxD.shape[0], devices.size(ITEM_AXES)
+    total, first = held * count, devices.place(ITEM_AXES) * held
+    if total < STRIPED_FROM:
+        return _Order(
+            lambda start, size: jax.lax.dynamic_slice_in_dim(table_RxD, start, size),
+            lambda places: first + places,
+            # Negative places would count from the end.
+            lambda ids: jnp.where(ids >= first, ids - first, held),
+            True,
+        )
+    if count <= STRIPS and count & (count - 1) == 0:
+        low = ids_of(first, total)
+
+        def places(ids: Array) -> Array:
+            return jnp.where((ids >= low) & ((ids - low) % count == 0), (ids - low) // count, held)
+
+        def item(places: Array) -> Array:
+            return low + count * places
+
+    else:
+        id_R = ids_of(first + jnp.arange(held), total)
+        order_R = jnp.argsort(id_R)
+        sorted_R, place_R = id_R[order_R], jnp.argsort(order_R)
+
+        def places(ids: Array) -> Array:
+            row = rows_of(ids, total) - first
+            own = (row >= 0) & (row < held)
+            return jnp.where(own, place_R[jnp.where(own, row, 0)], held)
+
+        def item(places: Array) -> Array:
+            return sorted_R[places]
+
+    def rows(start: Array, size: int) -> Array:
+        row_C = rows_of(item(start + jnp.arange(size)), total) - first
+        return table_RxD.at[row_C].get(mode="promise_in_bounds")
+
+    return _Order(rows, item, places, False)
+
+
+def _lists(
+    settings: _Settings, devices: Devices, u_BxD: Array, table_RxD: Array, seen_BxM: Array
 ) -> tuple[Array, Array]:
-    """Top k of the rows at hand, whose global numbers start at `first`."""
-    batch, total = u_BxD.shape[0], table_RxD.shape[0]
-    number = -(-total // rows)
-    size = -(-total // number)
+    """A device's share of its slice's lists."""
+    order = _order(table_RxD, devices)
+    place_BxK, scores_BxK = _local(settings, u_BxD, table_RxD.shape[0], order.places(seen_BxM), order)
+    ids_BxK = jnp.where(jnp.isneginf(scores_BxK), 0, order.ids(place_BxK))
+    if not devices.several:
+        return ids_BxK, scores_BxK
+    # Each device merges its share of the queries, so that lists travel once and not to everybody.
+    ids, scores = (
+        jax.lax.all_to_all(x_BxK, ITEM_AXES, split_axis=0, concat_axis=1, tiled=True)
+        for x_BxK in (ids_BxK, scores_BxK)
+    )
+    if not order.by_row:
+        # What is not a number comes first, as in `top_k`, so that nobody misses it.
+        key = jnp.where(jnp.isnan(scores), -jnp.inf, -scores)
+        _, ids, scores = jax.lax.sort((key, ids, scores), num_keys=2)
+        return ids[:, : settings.k], scores[:, : settings.k]
+    best_BxK, place_BxK = jax.lax.top_k(scores, settings.k)
+    return jnp.take_along_axis(ids, place_BxK, axis=1), best_BxK
+
+
+def _local(
+    settings: _Settings, u_BxD: Array, held: int, seen_BxM: Array, order: _Order
+) -> tuple[Array, Array]:
+    """Places and scores of the k best of a device's rows; `seen` are places. A score of -inf names no item."""
+    batch, k = u_BxD.shape[0], settings.k
+    number = -(-held // settings.rows)
+    size = -(-held // number)
     each_B = jnp.arange(batch)[:, None]
 
     def block(carry: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], None]:
         # The last block starts early enough to be full, so that the table is never copied; what it shares with the
         # block before is left out here.
-        own = jnp.minimum(index * size, total - size)
-        v_CxD = jax.lax.dynamic_slice_in_dim(table_RxD, own, size)
-        s_BxC = jnp.einsum("bd,cd->bc", u_BxD, v_CxD, preferred_element_type=jnp.float32) * scale
-        start = first + own
-        row_C = start + jnp.arange(size)
-        real_C = (row_C >= 1) & (row_C <= items) & (row_C >= first + index * size)
+        start = jnp.minimum(index * size, held - size)
+        v_CxD = order.rows(start, size)
+        s_BxC = jnp.einsum("bd,cd->bc", u_BxD, v_CxD, preferred_element_type=jnp.float32) * settings.scale
+        place_C = start + jnp.arange(size)
+        id_C = order.ids(place_C)
+        real_C = (id_C >= 1) & (id_C <= settings.items) & (place_C >= index * size)
         s_BxC = jnp.where(real_C[None, :], s_BxC, -jnp.inf)
         # Negative places would count from the end: send what lies before this block behind it.
         place_BxM = jnp.where(seen_BxM >= start, seen_BxM - start, size)
         s_BxC = s_BxC.at[each_B, place_BxM].set(-jnp.inf, mode="drop")
         if number == 1 and size >= k:
             best_BxK, place_BxK = jax.lax.top_k(s_BxC, k)
-            return (_named(start + place_BxK, best_BxK), best_BxK), None
+            return (start + place_BxK, best_BxK), None
         best_BxK, place_BxK = jax.lax.top_k(jnp.concatenate([carry[1], s_BxC], axis=1), k)
         kept_BxK = jnp.take_along_axis(carry[0], jnp.minimum(place_BxK, k - 1), axis=1)
-        ids_BxK = jnp.where(place_BxK < k, kept_BxK, start + place_BxK - k)
-        return (_named(ids_BxK, best_BxK), best_BxK), None
+        return (jnp.where(place_BxK < k, kept_BxK, start + place_BxK - k), best_BxK), None
 
     empty = (jnp.zeros((batch, k), jnp.int32), jnp.full((batch, k), -jnp.inf, jnp.float32))
     if number == 1:
         return block(empty, jnp.int32(0))[0]
     return jax.lax.scan(block, empty, jnp.arange(number))[0]
-
-
-def _best(ids: Array, scores: Array, k: int) -> tuple[Array, Array]:
-    best_BxK, place_BxK = jax.lax.top_k(scores, k)
-    ids_BxK = jnp.take_along_axis(ids, place_BxK, axis=1)
-    return _named(ids_BxK, best_BxK), best_BxK
-
-
-def _named(ids: Array, scores: Array) -> Array:
-    """The ids; 0 where the score says that there is no item."""
-    return jnp.where(jnp.isneginf(scores), 0, ids)

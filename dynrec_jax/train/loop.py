@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
@@ -16,6 +15,7 @@ from dynrec_jax.data.examples import NONE, Splits
 from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.models.bstm import MODELS, Bstm
+from dynrec_jax.negatives import running_counts, sampling
 from dynrec_jax.parallel.exchange import Exchange
 from dynrec_jax.parallel.mesh import Feed, feed, place_rows, place_same, row_pieces, sum_of_parts
 from dynrec_jax.parallel.processes import ALONE, Processes
@@ -79,7 +79,7 @@ def train(
             MetricsWriter(folder, start, config.logging.tensorboard) if processes.first else SilentWriter()
         )
         opened.enter_context(contextlib.closing(writer))
-        running = running_counts(config, histories, splits, mesh, own)
+        running = training_counts(config, histories, splits, mesh, own)
         _announce(progress_bar, config, histories, source, state, start, processes, own)
         if exchange is not None:
             progress_bar.say(described(exchange))
@@ -117,20 +117,19 @@ def step_arguments(
         "tx": make_optimizer(config),
         "row_tx": make_row_optimizer(config),
         "schedule": make_schedule(config),
-        "settings": step_settings(config, mesh, exchange),
+        "settings": step_settings(config, model, mesh, exchange),
     }
 
 
 def step_settings(
-    config: ml_collections.ConfigDict, mesh: Mesh, exchange: Exchange | None = None
+    config: ml_collections.ConfigDict, model: Bstm, mesh: Mesh, exchange: Exchange | None = None
 ) -> StepSettings:
     """What the config and the devices say of a step."""
     return StepSettings(
         seed=config.seed,
         accumulation=config.train.accumulation,
         clip_norm=config.train.clip_norm,
-        negatives=config.loss.negatives,
-        logq=config.loss.logq,
+        sampling=sampling(config, model.abra.items),
         pieces=row_pieces(mesh) if mesh.devices.flat[0].platform == "cpu" else 0,
         exchange=exchange,
     )
@@ -171,19 +170,15 @@ def utilisation(
     return Utilisation(training_cost(model, state.params, config.loss.negatives), sum(peaks))
 
 
-def running_counts(
+def training_counts(
     config: ml_collections.ConfigDict, histories: Histories, splits: Splits, mesh: Mesh, own: Feed
 ) -> Any:
-    """int32[R] running training counts for the popularity sampler; None where it is not used."""
-    if config.loss.kind != "sampled" or config.loss.sampler != "popularity":
+    """int32[R], running training counts, rows as the table's; None where no sampler needs them."""
+    items = histories.dataset.items
+    if config.loss.kind == "full" or not sampling(config, items).by_counts:
         return None
     counts = sum_of_parts(mesh, own, histories.item_counts(splits.train_end))
-    # Whole numbers below 2^31, so that each item has its exact place; at least one, so that it can be drawn.
-    counts = np.maximum(counts // (counts.sum() // 2**30 + 1), 1)
-    counts[0] = 0
-    running_R = np.full(rows_for(histories.dataset.items), counts.sum())
-    running_R[: len(counts)] = np.cumsum(counts)
-    return place_same(sharding(mesh), running_R.astype(np.int32))
+    return place_same(sharding(mesh, "items"), running_counts(counts, rows_for(items)))
 
 
 def _evaluator(

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dynrec_jax import losses
 from dynrec_jax.batch import Batch
 from dynrec_jax.models.bstm import Bstm, Rows
 from dynrec_jax.models.item_encoder import ID_TABLE
+from dynrec_jax.negatives import Sampling, draw_negatives
 from dynrec_jax.parallel.exchange import Exchange
 from dynrec_jax.parallel.rows import Clip, RowOptimizer, Touched, update_rows
 from dynrec_jax.parallel.rules import sharding
@@ -34,8 +34,7 @@ class StepSettings(NamedTuple):
       seed: of dropout and negatives; each step's key is a function of (seed, step).
       accumulation: parts that a batch is computed in; 0 leaves it to `parts_for`.
       clip_norm: bound of the whole gradient's norm; 0 does not clip.
-      negatives: K of a sampled loss.
-      logq: whether a sampled loss corrects for the sampler.
+      sampling: how a sampled loss draws its negatives; not looked at otherwise.
       pieces: over how many devices the rows of a batch lie, where these are CPUs; 0 elsewhere.
       exchange: how devices exchange table rows; None for sizes that suit ids spread evenly.
     """
@@ -43,8 +42,7 @@ class StepSettings(NamedTuple):
     seed: int
     accumulation: int
     clip_norm: float
-    negatives: int
-    logq: bool
+    sampling: Sampling
     pieces: int = 0
     exchange: Exchange | None = None
 
@@ -83,7 +81,7 @@ def train_step(
     Args:
       state: donated by the caller's jit.
       batch: int32[B, L + 1] each.
-      running_R: running counts of the popularity sampler, or None.
+      running_R: running counts of the items, where the sampler needs them, rows as the table's; or None.
       model: pure functions of the model; this and what follows is fixed at compilation.
       tx: Optax's optimizer.
       row_tx: the optimizer of touched rows, used by a sampled loss.
@@ -200,9 +198,7 @@ def _row_gradients(
 ) -> tuple[Gradients, Touched]:
     table = state.tables[ID_TABLE]
     negatives_key, dropout_key = jax.random.split(key)
-    drawn = losses.draw_negatives(
-        negatives_key, settings.negatives, model.abra.items, running_R, settings.logq
-    )
+    drawn = draw_negatives(negatives_key, batch, running_R, settings.sampling)
     items_BxLxD, shared_KxD = lookup_both(table, batch.items, drawn.ids, settings.exchange)
 
     def part(each: tuple[Batch, Array]) -> Gradients:
@@ -227,11 +223,11 @@ class CompiledStep:
     def __init__(self, mesh: Mesh, shardings: TrainState, **fixed: Any):
         """For a state that lies as `shardings` say; `fixed` are the step's keyword arguments."""
         self._mesh = mesh
-        replicated = sharding(mesh)
+        replicated, counts = sharding(mesh), sharding(mesh, "items")
         batch = Batch(*(sharding(mesh, "batch", None),) * len(Batch._fields))
         self._step = jax.jit(
             lambda state, batch, running_R: train_step(state, batch, running_R, **fixed),
-            in_shardings=(shardings, batch, replicated),
+            in_shardings=(shardings, batch, counts),
             out_shardings=(shardings, replicated),
             donate_argnums=(0,),
         )

@@ -25,10 +25,9 @@ from dynrec_jax.evaluate.recommender import Recommender
 from dynrec_jax.models.bstm import MODELS, Bstm
 from dynrec_jax.parallel.mesh import make_mesh
 from dynrec_jax.parallel.table import rows_for
-from dynrec_jax.train.loop import step_settings
-from dynrec_jax.train.optimizer import make_optimizer, make_row_optimizer, make_schedule
-from dynrec_jax.train.state import TrainState, trainable
-from dynrec_jax.train.step import train_step
+from dynrec_jax.train.loop import step_arguments
+from dynrec_jax.train.state import abstract_state
+from dynrec_jax.train.step import CompiledStep
 
 ITEMS = (10_000, 100_000, 1_000_000)
 HISTORIES, USERS = (32, 64), (128, 256)  # of a step, of a batch of lists
@@ -54,31 +53,12 @@ def table_bytes(config: ml_collections.ConfigDict, items: int) -> int:
 def step_bytes(config: ml_collections.ConfigDict, items: int, batch: int) -> int:
     """Temporary memory of a training step, as `train.loop` compiles it."""
     model = MODELS[config.model.name](config, items)
-    tx, row_tx = make_optimizer(config), make_row_optimizer(config)
-    settings = step_settings(config, one_device())
-
-    def fresh() -> TrainState:
-        variables = nn.meta.unbox(model.init(jax.random.key(0)))
-        params, tables = variables["params"], variables["tables"]
-        row_state = {name: row_tx.init(table) for name, table in tables.items()} if model.sampled else {}
-        return TrainState(jnp.int32(0), params, tables, tx.init(trainable(model, params, tables)), row_state)
-
-    def step(state: TrainState, batch: Batch, running_R: Any) -> Any:
-        return train_step(
-            state,
-            batch,
-            running_R,
-            model=model,
-            tx=tx,
-            row_tx=row_tx,
-            schedule=make_schedule(config),
-            settings=settings,
-        )
-
+    mesh = one_device()
+    fixed = step_arguments(config, model, mesh, None)
+    state, shardings = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh)
     windows = Batch(*[shape(batch, config.data.max_length + 1)] * len(Batch._fields))
-    popularity = model.sampled and config.loss.sampler == "popularity"
-    running_R = shape(rows_for(items)) if popularity else None
-    return _temporary(jax.jit(step, donate_argnums=(0,)).lower(jax.eval_shape(fresh), windows, running_R))
+    running_R = shape(rows_for(items)) if fixed["settings"].sampling.by_counts else None
+    return _temporary(CompiledStep(mesh, shardings, **fixed).lower(state, windows, running_R))
 
 
 def lists_bytes(config: ml_collections.ConfigDict, items: int, users: int) -> int:

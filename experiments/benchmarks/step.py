@@ -148,7 +148,7 @@ class Bench:
         model = MODELS[config.model.name](config, self.items)
         self.state, self.step = loop.setup(config, model, self.mesh)
         self.cost = training_cost(model, self.state.params, config.loss.negatives)
-        self.running = loop.running_counts(config, histories, splits, self.mesh, own)
+        self.running = loop.training_counts(config, histories, splits, self.mesh, own)
 
     def place(self, batch: Batch) -> Batch:
         """On the devices, as `train.loop` places it."""

@@ -1,45 +1,79 @@
-"""One step of plain gradient descent on a mesh: what changes is the gradient. Also run as a program, in processes."""
+"""Twenty steps of plain gradient descent on a mesh, the first of which shows the gradient. Also run in processes."""
 
 import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
-from dynrec_jax.models.bstm import make_bstm
-from dynrec_jax.parallel.mesh import feed, make_mesh, place_rows
+from dynrec_jax.models.bstm import Bstm, make_bstm
+from dynrec_jax.models.item_encoder import ID_TABLE
+from dynrec_jax.negatives import running_counts, sampling
+from dynrec_jax.parallel.exchange import Exchange
+from dynrec_jax.parallel.mesh import feed, make_mesh, place_rows, place_same
 from dynrec_jax.parallel.processes import join
 from dynrec_jax.parallel.rows import rowwise_adagrad
+from dynrec_jax.parallel.rules import sharding
+from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.state import init_state
 from dynrec_jax.train.step import CompiledStep, StepSettings
 
 from .. import tiny
 
 ITEMS = 300  # rows on all of eight devices
-SCALARS = ("loss", "gradient_norm", "targets")
+STEPS, LISTED = 20, 10
+SCALARS = ("losses", "gradient_norm", "targets", "scores")
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"model__hops": 1},
+    "sampled": {"loss__kind": "sampled"},
+    "popularity": {"loss__kind": "sampled", "loss__sampler": "popularity"},
+    "in_batch": {"loss__kind": "sampled", "loss__sampler": "in_batch"},
+    "mixed": {"loss__kind": "sampled", "loss__sampler": "mixed"},
+    "gbce": {"loss__kind": "gbce"},
+}
 
 
 def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
-    """Scalars of the step, and every weight before ("before/…") and after it ("after/…").
+    """Scalars, every weight before ("before/…") and after the first step ("after/…"), and lists after the last.
 
-    Plain descent, because its change is the gradient: Adam's first step is the gradient's sign. Dropout is on.
+    Plain descent at rate 1, because its change is the gradient: Adam's first step is the gradient's sign. Dropout is
+    on, and rows are exchanged a few at a time.
     """
-    c = tiny.config(
-        loss__kind=kind,
-        model__dropout=0.3,
-        model__hops=int(kind == "full"),
-        loss__block_items=20,
-        loss__negatives=16,
-    )
-    model, tx, rows = make_bstm(c, ITEMS), optax.sgd(1.0), rowwise_adagrad()
+    c = tiny.config(model__dropout=0.3, loss__block_items=20, loss__negatives=16, **KINDS[kind])
+    rate = optax.piecewise_constant_schedule(1.0, {1: 0.1})
+    model, tx, rows = make_bstm(c, ITEMS), optax.sgd(rate), rowwise_adagrad()
     state, shardings = init_state(model, tx, rows, mesh, seed=3)
-    settings = StepSettings(seed=5, accumulation=1, clip_norm=0.0, negatives=16, logq=True)
+    settings = StepSettings(
+        seed=5,
+        accumulation=1,
+        clip_norm=0.0,
+        sampling=sampling(c, ITEMS),
+        exchange=Exchange((mesh.size,), (5,), 9) if mesh.size > 1 and mesh.shape["slice"] == 1 else None,
+    )
     schedule = optax.constant_schedule(0.1)
     run = CompiledStep(mesh, shardings, model=model, tx=tx, row_tx=rows, schedule=schedule, settings=settings)
+    counts = running_counts(np.arange(ITEMS + 1) % 7, rows_for(ITEMS))
+    running = place_same(sharding(mesh, "items"), counts)
+    batch = place_batch(mesh, process)
+    before = _named("before", (state.params, state.tables))
+    losses = []
+    for number in range(STEPS):
+        state, metrics = run(state, batch, running)
+        losses.append(float(metrics["loss"]))
+        if number == 0:
+            after = _named("after", (state.params, state.tables))
+            scalars = {name: np.asarray(metrics[name]) for name in ("gradient_norm", "targets")}
+    ids, scores = lists(model, mesh, state)
+    return {**scalars, **before, **after, "losses": np.array(losses), "ids": ids, "scores": scores}
+
+
+def place_batch(mesh: Mesh, process: int) -> Batch:
+    """Seven windows, in rows of which two share one and three are empty; each process brings its part."""
     rng = np.random.default_rng(0)
     w = [
         (n, rng.integers(1, ITEMS + 1, length).tolist()) for n, length in enumerate([9, 4, 5, 7, 2, 9, 3], 1)
@@ -47,15 +81,31 @@ def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
     own = feed(mesh, process)
     batch = tiny.batch([[w[0]], [w[1], w[2]], [w[3], w[4]], [w[5]], [], [w[6]], [], []], 9)
     part = slice(own.part * 8 // own.parts, (own.part + 1) * 8 // own.parts)
-    batch = Batch(*(place_rows(mesh, np.asarray(values)[part]) for values in batch))
-    before = _named("before", (state.params, state.tables))
-    state, metrics = run(state, batch, None)
-    scalars = {name: np.asarray(metrics[name]) for name in SCALARS}
-    return {**scalars, **before, **_named("after", (state.params, state.tables))}
+    return Batch(*(place_rows(mesh, np.asarray(values)[part]) for values in batch))
+
+
+def lists(model: Bstm, mesh: Mesh, state: Any) -> tuple[np.ndarray, np.ndarray]:
+    """ABRA's lists for eight fixed queries with the trained table."""
+    rng = np.random.default_rng(1)
+    queries = rng.normal(size=(8, model.abra.dim)).astype(np.float32)
+    seen = rng.integers(0, ITEMS + 1, (8, 4)).astype(np.int32)
+
+    def best(tables: Any, queries: Any, seen: Any) -> Any:
+        return model.abra.best(queries, tables[ID_TABLE], seen, LISTED)
+
+    with jax.set_mesh(mesh):
+        placed = (place_same(sharding(mesh), x) for x in (queries, seen))
+        made = jax.jit(best, out_shardings=sharding(mesh))(state.tables, *placed)
+    ids, scores = (np.asarray(x.addressable_data(0)) for x in made)
+    return ids, scores
 
 
 def _named(prefix: str, tree: Any) -> dict[str, np.ndarray]:
-    whole = multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else tree
+    whole = (
+        multihost_utils.process_allgather(tree, tiled=True)
+        if jax.process_count() > 1
+        else jax.tree.map(jnp.copy, tree)
+    )
     return {
         prefix + jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(whole)

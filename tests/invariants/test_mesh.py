@@ -1,4 +1,5 @@
-"""Same gradients on any mesh: one device, eight in several splits, two processes of four; dropout included."""
+"""Same gradients, losses over twenty steps, and lists on any mesh: one device, eight in several splits, slices, two
+processes of four; dropout included, for each loss."""
 
 import functools
 import os
@@ -13,7 +14,14 @@ import pytest
 from .. import tiny
 from . import one_step
 
-MESHES = {"full": [(8, 1, 1), (2, 2, 2), (1, 8, 1)], "sampled": [(1, 8, 1), (2, 2, 2)]}
+ALL = [(8, 1, 1), (2, 2, 2), (1, 8, 1)]
+QUICK = [("full", (2, 2, 2)), ("sampled", (8, 1, 1)), ("mixed", (2, 2, 2)), ("gbce", (1, 8, 1))]
+MESHES = [
+    pytest.param(kind, sizes, marks=[] if (kind, sizes) in QUICK else pytest.mark.slow)
+    for kind in one_step.KINDS
+    for sizes in ALL
+]
+SLICES = ["full", pytest.param("popularity", marks=pytest.mark.slow), "in_batch"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,21 +45,27 @@ def assert_same(kind: str, found: dict[str, np.ndarray], where: str) -> None:
     for name, want in expected.items():
         if name in one_step.SCALARS:
             np.testing.assert_allclose(found[name], want, rtol=1e-5, err_msg=f"{where}: {name}")
-        elif name.startswith("before"):
+        elif name == "ids" or name.startswith("before"):
             np.testing.assert_array_equal(found[name], want, err_msg=f"{where}: {name}")
         else:
             np.testing.assert_allclose(found[name], want, rtol=1e-4, atol=1e-5, err_msg=f"{where}: {name}")
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [(kind, sizes) for kind in MESHES for sizes in MESHES[kind]])
-def test_gradients_are_the_same_on_any_mesh(kind: str, sizes: tuple[int, int, int]):
+@pytest.mark.parametrize(("kind", "sizes"), MESHES)
+def test_steps_are_the_same_on_any_mesh(kind: str, sizes: tuple[int, int, int]):
     assert_same(kind, one_step.step(kind, tiny.mesh(*sizes)), str(sizes))
 
 
+@pytest.mark.parametrize("kind", SLICES)
+def test_steps_are_the_same_over_slices(kind: str):
+    assert_same(kind, one_step.step(kind, tiny.mesh(2, 1, 2, slices=2)), "2 slices of 2 x 1 x 2")
+
+
 @pytest.mark.parametrize(
-    ("kind", "sizes"), [("sampled", "8x1x1"), pytest.param("full", "2x2x2", marks=pytest.mark.slow)]
+    ("kind", "sizes"),
+    [("sampled", "8x1x1")] + [pytest.param(kind, "2x2x2", marks=pytest.mark.slow) for kind in one_step.KINDS],
 )
-def test_gradients_are_the_same_in_two_processes(kind: str, sizes: str, tmp_path: Path):
+def test_steps_are_the_same_in_two_processes(kind: str, sizes: str, tmp_path: Path):
     out = tmp_path / "found.npz"
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"

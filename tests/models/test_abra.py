@@ -8,6 +8,8 @@ import pytest
 from dynrec_jax.models.abra import Abra
 from dynrec_jax.parallel.table import rows_for
 
+from .. import tiny
+
 V_3x2 = np.array([[1.0, 0.0], [0.5, -1.0], [-2.0, 1.5]])
 U_2x2 = np.array([[0.4, 1.0], [-1.2, 0.3]])
 TABLE = np.full((rows_for(3), 2), 9.0, np.float32)
@@ -79,6 +81,21 @@ def test_seen_items_leave_the_list_but_not_the_attention():
     assert set(found.ids[0]) == {0, 1, 3}
     assert found.ids[1].tolist() == [2, 0, 0]
     np.testing.assert_array_equal(found.mixture, whole.mixture)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 3, 1)])
+def test_two_queries_on_more_devices_give_the_same_answer(sizes: tuple[int, int, int]):
+    table = np.full((rows_for(300), 2), 9.0, np.float32)
+    table[1:301] = np.random.default_rng(0).normal(size=(300, 2))
+    table = table[:504]  # divides by eight and by three
+    model = abra(items=300, hops=1)
+    run = jax.jit(lambda u, v: model.recommend(u, v, jnp.zeros((2, 1), jnp.int32), 5))
+    alone = run(U_2x2.astype(np.float32), table)
+    with jax.set_mesh(tiny.mesh(*sizes)):
+        found = run(U_2x2.astype(np.float32), table)
+    np.testing.assert_array_equal(found.ids, alone.ids)
+    np.testing.assert_allclose(found.scores, alone.scores, rtol=1e-5)
+    np.testing.assert_allclose(found.mixture, alone.mixture, rtol=1e-5)
 
 
 def test_unit_leaves_zero_at_zero():

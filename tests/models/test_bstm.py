@@ -1,5 +1,6 @@
 """The joint loss against a naive one: each window alone, each direction by itself, the catalogue dense."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 
 from dynrec_jax.batch import Batch
-from dynrec_jax.losses import Negatives
 from dynrec_jax.models.bstm import Bstm, Rows
 from dynrec_jax.models.user_encoder import Moments
+from dynrec_jax.negatives import Negatives
 
 from .. import tiny
 
@@ -72,7 +73,7 @@ def test_the_loss_is_the_naive_one_in_both_directions(weights: tuple[float, floa
     np.testing.assert_allclose(total, naive_loss(model, params, table, weights), rtol=3e-6)
 
 
-@pytest.mark.parametrize("kind", ["full", "sampled"])
+@pytest.mark.parametrize("kind", ["full", "sampled", "gbce"])
 def test_packing_changes_neither_loss_nor_gradients_with_dropout_on(kind: str):
     model, params, tables = tiny.bstm(ITEMS, loss__kind=kind, model__dropout=0.3)
     run = loss_function(model)
@@ -105,6 +106,20 @@ def test_weight_0_is_no_traversal():
         )
         _, (gradient, _) = loss_function(model)(params, tables["item_id"], PACKED)
         assert np.asarray(gradient["user"]["direction"]).any(axis=1).tolist() == rows
+
+
+def test_gbce_is_calibrated_by_the_config():
+    """α = 4/19. At t = 0 the target counts fully, at t = 1 as α: what the two differ by is a sum of -log σ alone."""
+    values, targets = {}, 0.0
+    for calibration in (0.0, 0.5, 1.0):
+        model, params, tables = tiny.bstm(ITEMS, loss__kind="gbce", loss__calibration=calibration)
+        rows = Rows(tables["item_id"][PACKED.items], negatives=tables["item_id"][NEGATIVES.ids])
+        run = jax.jit(functools.partial(model.loss, params, rows, PACKED, NEGATIVES))
+        values[calibration], targets = run(jax.random.key(2))
+    assert values[0.0] > values[0.5] > values[1.0] > 0
+    np.testing.assert_allclose(values[0.5], (values[0.0] + values[1.0]) / 2, rtol=1e-5)
+    # Rows start short: all scores are near 0, each log σ near log 2, of the target and the four negatives.
+    np.testing.assert_allclose(values[0.0], 1.5 * targets * np.log(2), rtol=0.3)
 
 
 def test_a_sampled_loss_without_negatives_is_refused():

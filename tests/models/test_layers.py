@@ -108,7 +108,7 @@ def test_attention_is_its_formula():
     params = {name: {"kernel": kernel} for name, kernel in {**kernels, "out": out}.items()}
     mask = np.array([[[True, False, False], [True, True, False], [False, True, True]]])
     at = Places(jnp.asarray([[0, 1, 1]]), jnp.zeros((1, 3), jnp.uint32), "forward")
-    found = Attention(2, jnp.float32).apply({"params": params}, x, at)
+    found = Attention(2, jnp.float32, 0).apply({"params": params}, x, at)
     expected = np.zeros((3, 4))
     for h in range(2):
         q, k, v = (x[0] @ kernels[name][:, h] for name in ("query", "key", "value"))

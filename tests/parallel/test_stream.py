@@ -8,31 +8,45 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynrec_jax.parallel.stream import Blocks, logsumexp_sum, mixture
-from dynrec_jax.parallel.table import rows_for
+from dynrec_jax.parallel.blocks import Blocks
+from dynrec_jax.parallel.mesh import row_pieces
+from dynrec_jax.parallel.mixture import mixture
+from dynrec_jax.parallel.stream import logsumexp_sum
+from dynrec_jax.parallel.table import rows_for, rows_of
 
 from .. import tiny
 
 DIM, POSITIONS, COUNT, SCALE = 6, 21, 17, 0.7
 BLOCKS = [(8, 4), (16, 21), (24, 1000), (1000, 5)]  # catalogue rows, positions
-MESHES = [((8, 1, 1), 37), ((2, 2, 2), 203)]  # 37 items: most devices hold none
+NUMBER = np.array([COUNT], np.int32)
+# Sizes of the mesh, slices, items. 37 items: most devices hold none; 70,000: the table lies in strips.
+MESHES = [
+    ((8, 1, 1), 1, 37),
+    ((2, 2, 2), 1, 203),
+    ((1, 8, 1), 1, 203),
+    ((1, 1, 8), 1, 203),
+    ((2, 2, 1), 2, 203),
+    ((1, 2, 2), 2, 70_000),
+]
 
 
-def inputs(items: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def inputs(
+    items: int, seed: int = 0, positions: int = POSITIONS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Positions, weights, the table, and a direction for gradients; what must not count is large."""
     rng = np.random.default_rng(seed)
-    u_PxD = 2 * rng.normal(size=(POSITIONS, DIM)).astype(np.float32)
-    weight_P = rng.uniform(0.5, 2.0, POSITIONS).astype(np.float32)
+    u_PxD = 2 * rng.normal(size=(positions, DIM)).astype(np.float32)
+    weight_P = rng.uniform(0.5, 2.0, positions).astype(np.float32)
     weight_P[3] = 0.0
     weight_P[COUNT:] = 0.0
     table_RxD = 50 * rng.normal(size=(rows_for(items), DIM)).astype(np.float32)
-    table_RxD[1 : items + 1] /= 50
-    return u_PxD, weight_P, table_RxD, rng.normal(size=(POSITIONS, DIM)).astype(np.float32)
+    table_RxD[rows_of(np.arange(1, items + 1), len(table_RxD))] /= 50
+    return u_PxD, weight_P, table_RxD, rng.normal(size=(positions, DIM)).astype(np.float32)
 
 
 def dense(u_PxD: np.ndarray, table_RxD: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The items' vectors, log-sum-exp and softmax of every position, in float64."""
-    v_NxD = table_RxD[1 : items + 1].astype(np.float64)
+    v_NxD = table_RxD[rows_of(np.arange(1, items + 1), len(table_RxD))].astype(np.float64)
     s_PxN = SCALE * u_PxD.astype(np.float64) @ v_NxD.T
     z_P = np.log(np.exp(s_PxN).sum(axis=1))
     return v_NxD, z_P, np.exp(s_PxN - z_P[:, None])
@@ -45,7 +59,7 @@ def dense_logsumexp(
     v_NxD, z_P, p_PxN = dense(u_PxD, table_RxD, items)
     p_PxN = p_PxN * weight_P[:, None]
     dv_RxD = np.zeros(table_RxD.shape)
-    dv_RxD[1 : items + 1] = SCALE * p_PxN.T @ u_PxD
+    dv_RxD[rows_of(np.arange(1, items + 1), len(table_RxD))] = SCALE * p_PxN.T @ u_PxD
     return weight_P @ z_P, SCALE * p_PxN @ v_NxD, dv_RxD
 
 
@@ -56,7 +70,7 @@ def dense_mixture(u_PxD: np.ndarray, g_PxD: np.ndarray, table_RxD: np.ndarray, i
     along_PxN = g_PxD @ v_NxD.T
     ds_PxN = SCALE * p_PxN * (along_PxN - (g_PxD * r_PxD).sum(axis=1, keepdims=True))
     dv_RxD = np.zeros(table_RxD.shape)
-    dv_RxD[1 : items + 1] = ds_PxN.T @ u_PxD + p_PxN.T @ g_PxD
+    dv_RxD[rows_of(np.arange(1, items + 1), len(table_RxD))] = ds_PxN.T @ u_PxD + p_PxN.T @ g_PxD
     return (g_PxD * r_PxD).sum(), ds_PxN @ v_NxD, dv_RxD
 
 
@@ -66,9 +80,7 @@ def close(found: Any, expected: Any) -> None:
 
 def logsumexp_gradients(blocks: Blocks) -> Callable[..., Any]:
     return jax.jit(
-        jax.value_and_grad(
-            lambda u, weight, table: logsumexp_sum(u, weight, jnp.int32(COUNT), table, blocks), (0, 2)
-        )
+        jax.value_and_grad(lambda u, weight, table: logsumexp_sum(u, weight, NUMBER, table, blocks), (0, 2))
     )
 
 
@@ -91,7 +103,7 @@ def test_logsumexp_and_its_gradients_are_the_dense_ones(rows: int, positions: in
 def test_the_value_alone_is_the_value_with_gradients(rows: int, positions: int):
     u, weight, table, _ = inputs(37)
     blocks = Blocks(37, SCALE, rows, positions)
-    value = jax.jit(lambda: logsumexp_sum(u, weight, jnp.int32(COUNT), table, blocks))()
+    value = jax.jit(lambda: logsumexp_sum(u, weight, NUMBER, table, blocks))()
     np.testing.assert_allclose(value, dense_logsumexp(u, weight, table, 37)[0], rtol=1e-6)
 
 
@@ -100,7 +112,7 @@ def test_blocks_behind_the_last_position_are_not_computed():
     weight[8:] = 1.0  # would count, were it looked at
     u[8:] = np.nan
     run = jax.jit(
-        jax.value_and_grad(lambda u: logsumexp_sum(u, weight, jnp.int32(8), table, Blocks(37, SCALE, 8, 4)))
+        jax.value_and_grad(lambda u: logsumexp_sum(u, weight, jnp.array([8]), table, Blocks(37, SCALE, 8, 4)))
     )
     value, du = run(u)
     np.testing.assert_allclose(value, dense_logsumexp(u[:8], weight[:8], table, 37)[0], rtol=1e-6)
@@ -117,17 +129,47 @@ def test_the_mixture_and_its_gradients_are_the_dense_ones(rows: int, positions: 
     close(dv, expected_dv)
 
 
-@pytest.mark.parametrize(("sizes", "items"), MESHES)
-def test_eight_devices_give_the_dense_numbers(sizes: tuple[int, int, int], items: int):
-    u, weight, table, g = inputs(items)
-    blocks = Blocks(items, SCALE, 24, 8)
-    with jax.set_mesh(tiny.mesh(*sizes)):
-        sums = logsumexp_gradients(blocks)(u, weight, table)
-        mixed = mixture_gradients(blocks)(u, g, table)
-    expectations = (dense_logsumexp(u, weight, table, items), dense_mixture(u, g, table, items))
-    for (value, (du, dv)), (expected, expected_du, expected_dv) in zip(
-        (sums, mixed), expectations, strict=True
-    ):
+def test_a_table_in_strips_gives_the_dense_numbers():
+    """Rows that are no items lie at the end of many strips."""
+    u, weight, table, g = inputs(70_000)
+    blocks = Blocks(70_000, SCALE, 30_000, 8)
+    value, (du, dv) = logsumexp_gradients(blocks)(u, weight, table)
+    expected, expected_du, expected_dv = dense_logsumexp(u, weight, table, 70_000)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    close(du, expected_du)
+    close(dv, expected_dv)
+    mixed = jax.jit(lambda u, table: jnp.sum(g * mixture(u, table, blocks)))(u, table)
+    np.testing.assert_allclose(mixed, dense_mixture(u, g, table, 70_000)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("sizes", "slices", "items"), MESHES)
+def test_eight_devices_give_the_dense_numbers(sizes: tuple[int, int, int], slices: int, items: int):
+    """Each device has positions of its own, some none; three blocks of the largest part, and none behind it."""
+    mesh = tiny.mesh(*sizes, slices=slices)
+    devices = row_pieces(mesh)
+    u, weight, table, g = inputs(items, positions=48)
+    each = 48 // devices
+    count = np.minimum(np.random.default_rng(1).integers(0, each + 1, devices), each - each // 3)
+    count[-1] = each - each // 3
+    real = np.arange(48) % each < np.repeat(count, each)
+    weight = np.where(real, np.random.default_rng(2).uniform(0.5, 2.0, 48), 0).astype(np.float32)
+    blocks = Blocks(items, SCALE, 24 if items < 1000 else 10_000, 2 * devices)
+
+    @jax.jit
+    def run(u: Any, table: Any) -> Any:
+        sums = jax.value_and_grad(lambda u, table: logsumexp_sum(u, weight, count, table, blocks), (0, 1))
+        mixed = jax.value_and_grad(
+            lambda u, table: jnp.sum(g * real[:, None] * mixture(u, table, blocks, count)), (0, 1)
+        )
+        return sums(u, table), mixed(u, table)
+
+    with jax.set_mesh(mesh):
+        results = run(u, table)
+    expectations = (
+        dense_logsumexp(u, weight, table, items),
+        dense_mixture(u, g * real[:, None], table, items),
+    )
+    for (value, (du, dv)), (expected, expected_du, expected_dv) in zip(results, expectations, strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         close(du, expected_du)
         close(dv, expected_dv)

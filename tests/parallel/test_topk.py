@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynrec_jax.parallel.table import rows_for
+from dynrec_jax.parallel.table import rows_for, rows_of
 from dynrec_jax.parallel.topk import top_k
 
 from .. import tiny
 
 SCALE = 0.5
+MANY = 70_000  # items of a table in strips
+MESHES = [((1, 1, 1), 1), ((2, 2, 2), 1), ((1, 2, 2), 2), ((3, 1, 1), 1)]  # three devices cut strips apart
 
 
 def inputs(items: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -20,7 +22,7 @@ def inputs(items: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarra
     rng = np.random.default_rng(seed)
     u_BxD = rng.integers(-1, 2, (5, 3)).astype(np.float32)
     table_RxD = np.full((rows_for(items), 3), 100.0, np.float32)  # rows that are no items would win
-    table_RxD[1 : items + 1] = rng.integers(-1, 2, (items, 3))
+    table_RxD[rows_of(np.arange(1, items + 1), len(table_RxD))] = rng.integers(-1, 2, (items, 3))
     seen_BxM = rng.integers(0, items + 1, (5, 9)).astype(np.int32)
     return u_BxD, table_RxD, seen_BxM
 
@@ -32,7 +34,7 @@ def expected(
     ids, scores = np.zeros((len(u), k), np.int32), np.full((len(u), k), -np.inf, np.float32)
     for b in range(len(u)):
         left = np.setdiff1d(np.arange(1, items + 1), seen[b])
-        score = SCALE * table[left] @ u[b]
+        score = SCALE * table[rows_of(left, len(table))] @ u[b]
         order = np.argsort(-score, kind="stable")[:k]
         ids[b, : len(order)], scores[b, : len(order)] = left[order], score[order]
     return ids, scores
@@ -80,3 +82,32 @@ def test_a_list_that_runs_out_ends_in_nothing():
         assert (np.sort(ids[:, :2], axis=1) == [36, 37]).all()
         assert not ids[:, 2:].any()
         assert np.isneginf(scores[:, 2:]).all()
+
+
+@pytest.mark.parametrize(("sizes", "slices"), MESHES)
+def test_a_table_in_strips_gives_the_same_lists(sizes: tuple[int, int, int], slices: int):
+    """Many equal scores, nothing but equal scores, and fewer items than the list is long."""
+    u, table, seen = inputs(MANY)
+    u[0] = 0.0
+    seen[1] = np.arange(9)  # the first of those that the list of equal scores would show
+    u[1] = 0.0
+    with jax.set_mesh(tiny.mesh(*sizes, slices=slices)):
+        for items, k in ((MANY, 50), (40, 37)):
+            found_ids, found_scores = found(u, table, seen, items, k, rows=10_000)
+            ids, scores = expected(u, table, seen, items, k)
+            np.testing.assert_array_equal(found_ids, ids)
+            np.testing.assert_array_equal(found_scores, scores)
+    assert ids[1].tolist() == [*range(9, 41), *[0] * 5]
+
+
+@pytest.mark.parametrize("items", [40, MANY])
+def test_a_score_that_is_not_a_number_comes_first(items: int):
+    """So that who reads the lists sees it."""
+    u, table, seen = inputs(items)
+    table[rows_of(np.array([17]), len(table))] = np.nan
+    seen[seen == 17] = 0
+    with jax.set_mesh(tiny.mesh(4, 1, 1)):
+        ids, scores = found(u, table, seen, items, 5, rows=10_000)
+    assert (ids[:, 0] == 17).all()
+    assert np.isnan(scores[:, 0]).all()
+    assert np.isfinite(scores[:, 1:]).all()

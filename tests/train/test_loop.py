@@ -174,7 +174,7 @@ def test_logging_every_few_steps_still_logs_the_last(train, tmp_path: Path, monk
 def test_the_popularity_sampler_gets_the_running_training_counts(histories: Histories):
     config = tiny.config(loss__kind="sampled", loss__sampler="popularity")
     splits = loop.make_splits(histories, config)
-    running_R = np.asarray(loop.running_counts(config, histories, splits, tiny.mesh(1, 1, 1), Feed()))
+    running_R = np.asarray(loop.training_counts(config, histories, splits, tiny.mesh(1, 1, 1), Feed()))
     counts = np.zeros(26, int)
     for user, end in enumerate(splits.train_end):
         for item in histories.windows(np.array([user]), np.array([end]), 64).items[0]:
@@ -182,4 +182,4 @@ def test_the_popularity_sampler_gets_the_running_training_counts(histories: Hist
     counts[1:] = np.maximum(counts[1:], 1)  # an item without a training event can be drawn too
     np.testing.assert_array_equal(np.diff(running_R[:26], prepend=0), counts)
     assert (running_R[26:] == counts.sum()).all()
-    assert loop.running_counts(tiny.config(), histories, splits, tiny.mesh(1, 1, 1), Feed()) is None
+    assert loop.training_counts(tiny.config(), histories, splits, tiny.mesh(1, 1, 1), Feed()) is None

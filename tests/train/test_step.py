@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from dynrec_jax import losses
 from dynrec_jax.models.bstm import make_bstm
+from dynrec_jax.negatives import Negatives, sampling
 from dynrec_jax.parallel.rows import RowOptimizer
 from dynrec_jax.train import step
 from dynrec_jax.train.state import init_state
@@ -44,14 +44,14 @@ def one_step(kind: str, accumulation: int, clip: float, pieces: int = 0) -> Done
     rows = RowOptimizer(lambda table: jnp.zeros(table.shape[0]), descend)
     state, shardings = init_state(model, tx, rows, mesh, seed=1)
     settings = StepSettings(
-        seed=1, accumulation=accumulation, clip_norm=clip, negatives=4, logq=True, pieces=pieces
+        seed=1, accumulation=accumulation, clip_norm=clip, sampling=sampling(c, ITEMS), pieces=pieces
     )
     schedule = optax.constant_schedule(1.0)
     run = CompiledStep(mesh, shardings, model=model, tx=tx, row_tx=rows, schedule=schedule, settings=settings)
     before = jax.tree.map(np.array, {"params": state.params, "tables": state.tables})
-    drawn = losses.Negatives(jnp.asarray(NEGATIVES), jnp.full((4,), jnp.log(4 / ITEMS)))
+    drawn = Negatives(jnp.asarray(NEGATIVES), jnp.full((4,), jnp.log(4 / ITEMS)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "draw_negatives", lambda *_: drawn)
+        patch.setattr(step, "draw_negatives", lambda *_: drawn)
         new, metrics = run(state, BATCH, None)
     after = jax.tree.map(np.array, {"params": new.params, "tables": new.tables})
     deleted = [leaf.is_deleted() for leaf in jax.tree.leaves(state)]

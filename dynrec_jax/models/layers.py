@@ -5,7 +5,6 @@ stand. The config names it; `BLOCKS` at the end lists the names.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -122,34 +121,29 @@ class LayerNorm(nn.Module):
         return (y * scale_D.reshape(lead) + bias_D.reshape(lead)).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x: Array, kernel: Array, inputs: int) -> Array:
-    """`x [P, …in] · kernel […in, …out]`, `[P, …out]`, multiplied in the type of `x`, and of it.
+@jax.custom_vjp
+def linear(x_PxI: Array, kernel_IxO: Array) -> Array:
+    """`x · kernel`, `[P, O]`, multiplied in the type of `x` and of that type.
 
-    Everything is added up in float32. So is the kernel's gradient, which stays float32: rounded to bfloat16 first, it
-    would also be added up in bfloat16 over devices.
-
-    Args:
-      x: of any float type.
-      kernel: float32.
-      inputs: how many axes go in.
+    Everything is added up in float32. So is the gradient of the kernel, a float32 matrix, and it stays so: rounded to
+    bfloat16 first, it would also be added up in bfloat16 over devices.
     """
-    return _sum(x, kernel.astype(x.dtype), inputs).astype(x.dtype)
+    # Two axes each: of bfloat16 products into float32, XLA on CPU cannot run all that have more.
+    return _sum("pi,io->po", x_PxI, kernel_IxO.astype(x_PxI.dtype)).astype(x_PxI.dtype)
 
 
-def _linear_forward(x: Array, kernel: Array, inputs: int) -> tuple[Array, tuple[Array, Array]]:
-    return linear(x, kernel, inputs), (x, kernel)
+def _linear_forward(x_PxI: Array, kernel_IxO: Array) -> tuple[Array, tuple[Array, Array]]:
+    return linear(x_PxI, kernel_IxO), (x_PxI, kernel_IxO)
 
 
-def _linear_backward(inputs: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    outputs = tuple(range(1, g.ndim)), tuple(range(inputs, kernel.ndim))
-    dx = _sum(g, kernel.astype(x.dtype), outputs).astype(x.dtype)
-    return dx, _sum(x, g, ((0,), (0,)))
+def _linear_backward(saved: tuple[Array, Array], g_PxO: Array) -> tuple[Array, Array]:
+    x_PxI, kernel_IxO = saved
+    dx_PxI = _sum("po,io->pi", g_PxO, kernel_IxO.astype(x_PxI.dtype)).astype(x_PxI.dtype)
+    return dx_PxI, _sum("pi,po->io", x_PxI, g_PxO)
 
 
-def _sum(a: Array, b: Array, axes: Any) -> Array:
-    return jnp.tensordot(a, b, axes, preferred_element_type=jnp.float32)
+def _sum(axes: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -186,9 +180,9 @@ class Dense(nn.Module):
             jnp.float32,
         )
         # One axis of positions: with two, XLA's gradient of the kernel takes twice as long on CPU.
-        flat_x = x.reshape(-1, *contracted).astype(self.dtype)
-        y = checkpoint_name(linear(flat_x, kernel, self.inputs), SAVED)
-        return y.reshape(*lead, *self.features)
+        x_PxI = x.reshape(-1, math.prod(contracted)).astype(self.dtype)
+        y_PxO = linear(x_PxI, kernel.reshape(math.prod(contracted), -1))
+        return checkpoint_name(y_PxO, SAVED).reshape(*lead, *self.features)
 
 
 class Attention(nn.Module):

@@ -1,5 +1,6 @@
 """Attention by blocks and by tiles against the plain formula over all of L × L, its gradient, and what it holds."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -181,6 +182,10 @@ def test_in_bfloat16_sums_are_float32_and_no_float32_means_are_kept(
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.02, atol=0.02 * float(abs(b).max()))
     kept = [x.size for x in jax.tree.leaves(back) if x.dtype == jnp.float32]
     assert max(kept) <= q.size // FEATURES, "the normaliser is the largest float32 array that is kept"
+    traced = jax.make_jaxpr(both)(half, wide)
+    products = [e for e in equations(traced.jaxpr) if e.primitive.name == "dot_general"]
+    assert len(products) > 5
+    assert {product.outvars[0].aval.dtype for product in products} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -255,12 +260,13 @@ def test_nothing_of_length_times_length_is_held(
         return attention(q, k, v, reach, "forward").sum()
 
     traced = jax.make_jaxpr(jax.grad(total) if gradient else total)(x, x, x, reach)
-    assert max(int(np.prod(shape)) for shape in shapes(traced.jaxpr)) == largest
+    results = (variable.aval for equation in equations(traced.jaxpr) for variable in equation.outvars)
+    assert max(result.size for result in results) == largest
 
 
-def shapes(jaxpr: Any) -> set[tuple[int, ...]]:
-    found = {variable.aval.shape for equation in jaxpr.eqns for variable in equation.outvars}
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Those of inner functions and loops too."""
     for equation in jaxpr.eqns:
+        yield equation
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            found |= shapes(inner)
-    return found
+            yield from equations(inner)

@@ -1,5 +1,6 @@
 """Dropout whose bits belong to events, the norms, and which blocks there are."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynrec_jax.models.layers import Attention, Dropout, LayerNorm, Places, RmsNorm, hash_bits, token_counters
+from dynrec_jax.models.layers import (
+    Attention,
+    Dense,
+    Dropout,
+    LayerNorm,
+    Places,
+    RmsNorm,
+    hash_bits,
+    token_counters,
+)
 
 from .. import tiny
 
@@ -118,3 +128,50 @@ def test_attention_is_its_formula():
             p = np.exp(s) / np.exp(s).sum()
             expected[t] += (p @ v[looked]) @ out[h]
     np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("inputs", "features"), [((6,), (2, 3)), ((2, 3), (6,))])
+def test_a_linear_map_adds_up_in_float32_forward_and_backward(
+    inputs: tuple[int, ...], features: tuple[int, ...]
+):
+    rng = np.random.default_rng(0)
+    half = jnp.bfloat16
+    x, g = (jnp.asarray(rng.normal(size=(4, 300, *shape)), half) for shape in (inputs, features))
+    kernel = rng.normal(size=(*inputs, *features)).astype(np.float32)
+    dense = Dense(features, ("embed",) * kernel.ndim, half, inputs=len(inputs))
+
+    @jax.jit
+    def run(x: Any, kernel: Any) -> Any:
+        y, back = jax.vjp(lambda x, kernel: dense.apply({"params": {"kernel": kernel}}, x), x, kernel)
+        return y, *back(g)
+
+    y, dx, dk = run(x, kernel)
+    assert (y.dtype, dx.dtype, dk.dtype) == (half, half, jnp.float32)
+    wide_x, wide_g = (np.asarray(a, np.float64).reshape(1200, -1) for a in (x, g))
+    wide_kernel = np.asarray(jnp.asarray(kernel, half), np.float64).reshape(6, 6)
+    # Once rounded to 8 bits, of which half a one is 2^-8 at most; each sum has six terms.
+    for found, expected in ((y, wide_x @ wide_kernel), (dx, wide_g @ wide_kernel.T)):
+        found_PxF = np.asarray(found, np.float64).reshape(1200, -1)
+        np.testing.assert_allclose(found_PxF, expected, rtol=1.01 * 2**-8, atol=1e-5)
+    # 1,200 terms each; a sum that was ever rounded to 8 bits is some 0.1 away.
+    np.testing.assert_allclose(dk.reshape(6, 6), wide_x.T @ wide_g, rtol=1e-5, atol=1e-3)
+
+
+def test_attention_knows_of_time_where_it_is_told_to():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4)), jnp.float32)
+    at = Places(jnp.asarray([[0, 1, 2]]), jnp.zeros((1, 3), jnp.uint32), "forward")
+    timed = dataclasses.replace(at, times=jnp.asarray([[0, 4, 100]]))
+    module = Attention(2, jnp.float32, 8)
+    boxed = module.init(jax.random.key(0), x, timed)["params"]["time_bias"]
+    assert boxed.names == ("heads", None)
+    assert boxed.value.shape == (2, 8)
+    assert not boxed.value.any()
+    with pytest.raises(ValueError, match="time_buckets=8: attention needs the events' times"):
+        module.init(jax.random.key(0), x, at)
+
+
+def test_places_are_a_tree_without_the_direction():
+    at = Places(jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.uint32), "backward")
+    leaves, tree = jax.tree.flatten(at)
+    assert len(leaves) == 2
+    assert jax.tree.unflatten(tree, leaves).direction == "backward"

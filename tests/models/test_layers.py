@@ -162,7 +162,7 @@ def test_attention_knows_of_time_where_it_is_told_to():
     at = Places(jnp.asarray([[0, 1, 2]]), jnp.zeros((1, 3), jnp.uint32), "forward")
     timed = dataclasses.replace(at, times=jnp.asarray([[0, 4, 100]]))
     module = Attention(2, jnp.float32, 8)
-    boxed = module.init(jax.random.key(0), x, timed)["params"]["time_bias"]
+    boxed = jax.jit(module.init)(jax.random.key(0), x, timed)["params"]["time_bias"]
     assert boxed.names == ("heads", None)
     assert boxed.value.shape == (2, 8)
     assert not boxed.value.any()

@@ -15,7 +15,7 @@ from dynrec_jax.parallel.exchange import Exchange
 from dynrec_jax.parallel.mesh import feed, make_mesh, place_rows, place_same
 from dynrec_jax.parallel.processes import join
 from dynrec_jax.parallel.rows import Clip, Touched, rowwise_adagrad, update_rows
-from dynrec_jax.parallel.table import lookup, lookup_both
+from dynrec_jax.parallel.table import lookup, lookup_both, rows_for, rows_of
 
 ROWS, DIM, BATCH, LENGTH, SHARED = 64, 3, 8, 5, 6
 RATE, CLIP, SQUARE = 0.3, 0.5, 2.0
@@ -33,41 +33,48 @@ class Case(NamedTuple):
 
 
 def case(kind: str) -> Case:
-    """Ids that are "uniform", "zipf", the "same" on all devices, or all of one "shard", the last owner's."""
+    """Ids that are "uniform", "zipf", the "same" on all devices, or all of one "shard", the last owner's.
+
+    "striped" are uniform ids of a table so large that its rows are in another order than its items.
+    """
     rng = np.random.default_rng(len(kind))
     shape = (BATCH, LENGTH)
+    rows = rows_for(70_000) if kind == "striped" else ROWS
     ids = {
         "uniform": rng.integers(0, ROWS, shape),
+        "striped": rng.integers(0, 70_001, shape),
         "zipf": np.minimum(rng.zipf(1.2, shape), ROWS - 1),
         "same": np.full(shape, 7),
         "shard": rng.integers(ROWS - 8, ROWS, shape),
     }[kind]
     return Case(
-        table=rng.normal(size=(ROWS, DIM)).astype(np.float32),
-        seen=rng.random(ROWS).astype(np.float32),
+        table=rng.normal(size=(rows, DIM)).astype(np.float32),
+        seen=rng.random(rows).astype(np.float32),
         ids=ids.astype(np.int32),
         gradient=rng.normal(size=(*shape, DIM)).astype(np.float32),
-        shared=rng.integers(1, ROWS, SHARED).astype(np.int32),
+        shared=rng.integers(1, rows, SHARED).astype(np.int32),
         shared_gradient=rng.normal(size=(SHARED, DIM)).astype(np.float32),
     )
 
 
 def expected(x: Case) -> dict[str, np.ndarray]:
     """By NumPy in float64: indexing, adding up at each row, clipping of the whole, and Adagrad's formula of a row."""
-    dense = np.zeros((ROWS, DIM))
-    np.add.at(dense, x.ids, x.gradient)
+    rows = len(x.table)
+    at, shared_at = rows_of(x.ids, rows), rows_of(x.shared, rows)
+    dense = np.zeros((rows, DIM))
+    np.add.at(dense, at, x.gradient)
     whole = dense.copy()
-    np.add.at(whole, x.shared, x.shared_gradient)
+    np.add.at(whole, shared_at, x.shared_gradient)
     whole[0] = 0.0  # padding
     square = (whole**2).sum()
     clipped = whole * min(1.0, CLIP / np.sqrt(square + SQUARE))
     seen = x.seen + (clipped**2).mean(axis=1)
     moved = x.table - RATE * clipped / (np.sqrt(seen) + 1e-8)[:, None]
     return {
-        "rows": x.table[x.ids],
+        "rows": x.table[at],
         "gradient": dense,
-        "both": x.table[x.ids],
-        "shared": x.table[x.shared],
+        "both": x.table[at],
+        "shared": x.table[shared_at],
         "table": np.where(whole.any(axis=1)[:, None], moved, x.table),
         "seen": seen,
         "square": square,

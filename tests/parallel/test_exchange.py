@@ -44,6 +44,13 @@ def test_rows_and_gradients_are_those_of_plain_indexing(
     assert_right(found, kind, f"{sizes} in {slices} slices")
 
 
+def test_rows_of_a_striped_table_are_found_where_they_lie():
+    """Owners go by the id modulo the devices there, in each of two slices."""
+    assert_right(cases.found(cases.case("striped"), tiny.mesh(8, 1, 1), SIZES[0][2]), "striped", "8 devices")
+    found = cases.found(cases.case("striped"), tiny.mesh(2, 2, 1, slices=2), SIZES[4][2])
+    assert_right(found, "striped", "2 slices")
+
+
 def test_rows_and_gradients_are_the_same_in_two_processes(tmp_path: Path):
     out = tmp_path / "found.npz"
     with socket.create_server(("127.0.0.1", 0)) as server:

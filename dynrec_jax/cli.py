@@ -22,6 +22,7 @@ VERBS = {
     "train": "train a model, or go on with a run",
     "evaluate": "metrics of a run on the whole catalogue",
     "score": "recommendations for users, as Parquet",
+    "compile": "will it fit, and how fast: for TPUs or GPUs that need not be there",
 }
 HEAVY = ("train", "evaluate", "score")  # verbs that compute with XLA
 

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"evaluate"},
     {"train"},
     {"workdir"},
-    {"score", "report"},
+    {"score", "report", "compile"},
     {"verbs"},
     {"cli"},
     {"__main__"},

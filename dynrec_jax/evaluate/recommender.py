@@ -121,6 +121,16 @@ class Recommender:
         finite = jnp.isfinite(q_BxD).all() & ~jnp.isnan(scores).any()
         return constrain(ids, "batch", None), constrain(scores, "batch", None), finite
 
+    def trace_encode(self, params: Any, tables: Any, items_BxL: Any) -> jax.stages.Traced:
+        """The program that reads histories, for shapes, to be counted and compiled ahead of time."""
+        with jax.set_mesh(self.mesh):
+            return self._encode.trace(params, tables, items_BxL)
+
+    def trace_rank(self, u_BxD: Any, table_RxD: Any, seen_BxM: Any) -> jax.stages.Traced:
+        """The program that ranks the catalogue, for shapes."""
+        with jax.set_mesh(self.mesh):
+            return self._rank.trace(u_BxD, table_RxD, seen_BxM)
+
     def prepare(self, params: Any, tables: Any) -> Callable[[HistorySource, np.ndarray, np.ndarray], Lists]:
         """A function (source, users, ends) -> Lists for these variables.
 

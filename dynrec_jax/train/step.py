@@ -239,7 +239,7 @@ class CompiledStep:
         with jax.set_mesh(self._mesh):
             return self._step(state, batch, running_R)
 
-    def lower(self, state: TrainState, batch: Batch, running_R: Any) -> jax.stages.Lowered:
-        """The step for shapes, to be compiled ahead of time."""
+    def trace(self, state: TrainState, batch: Batch, running_R: Any) -> jax.stages.Traced:
+        """The step for shapes, to be counted and compiled ahead of time."""
         with jax.set_mesh(self._mesh):
-            return self._step.lower(state, batch, running_R)
+            return self._step.trace(state, batch, running_R)

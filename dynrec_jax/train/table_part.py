@@ -14,7 +14,7 @@ from dynrec_jax.parallel.table import lookup, lookup_both
 Array = jax.Array
 
 
-def lower_rows(
+def trace_rows(
     mesh: Mesh,
     table: Any,
     state: Any,
@@ -23,7 +23,7 @@ def lower_rows(
     optimizer: RowOptimizer,
     clip_norm: float,
     exchange: Exchange | None,
-) -> jax.stages.Lowered:
+) -> jax.stages.Traced:
     """Lookup of a batch and its negatives, and the update of all their rows, as a sampled loss needs them.
 
     Args:
@@ -54,12 +54,12 @@ def lower_rows(
             out_shardings=(*where, sharding(mesh)),
             donate_argnums=(0, 1),
         )
-        return run.lower(table, state, _ids(*shape), _ids(negatives))
+        return run.trace(table, state, _ids(*shape), _ids(negatives))
 
 
-def lower_dense(
+def trace_dense(
     mesh: Mesh, table: Any, shape: tuple[int, int], exchange: Exchange | None
-) -> jax.stages.Lowered:
+) -> jax.stages.Traced:
     """Lookup of a batch, and its part of the table's gradient, as a full softmax needs them."""
 
     def part(table: Array, ids_BxL: Array) -> Array:
@@ -72,7 +72,7 @@ def lower_dense(
             in_shardings=(table.sharding, sharding(mesh, "batch", None)),
             out_shardings=table.sharding,
         )
-        return run.lower(table, _ids(*shape))
+        return run.trace(table, _ids(*shape))
 
 
 def _ids(*shape: int) -> jax.ShapeDtypeStruct:

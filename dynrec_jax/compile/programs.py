@@ -1,0 +1,172 @@
+"""The programs of a run, traced for devices that need not be there: the same functions that training calls."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from dynrec_jax.batch import Batch
+from dynrec_jax.compile.measure import Program
+from dynrec_jax.evaluate.evaluator import LIST_LENGTH
+from dynrec_jax.evaluate.recommender import Recommender, seen_width
+from dynrec_jax.models.bstm import MODELS, Bstm
+from dynrec_jax.models.item_encoder import ID_TABLE
+from dynrec_jax.parallel import capacity
+from dynrec_jax.parallel.exchange import Exchange
+from dynrec_jax.parallel.mesh import row_pieces
+from dynrec_jax.parallel.rules import sharding
+from dynrec_jax.parallel.table import rows_for, rows_of
+from dynrec_jax.train.loop import step_arguments
+from dynrec_jax.train.plan import exchange_of_zipf
+from dynrec_jax.train.state import TrainState, abstract_state
+from dynrec_jax.train.step import CompiledStep
+from dynrec_jax.train.table_part import trace_dense, trace_rows
+
+
+class Plan(NamedTuple):
+    """A run that is only planned.
+
+    Attributes:
+      config: complete and valid.
+      items: N, the catalogue's size.
+      mesh: of the target's devices.
+      model: of the config.
+      state: shapes that know where they lie.
+      places: their shardings.
+      exchange: sizes of the exchange of rows; None on one device.
+      rounds: of that exchange, expected of a step.
+    """
+
+    config: ml_collections.ConfigDict
+    items: int
+    mesh: Mesh
+    model: Bstm
+    state: TrainState
+    places: TrainState
+    exchange: Exchange | None
+    rounds: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, L + 1) of a batch whose histories are all as long as they come; as many rows on each device."""
+        multiple = math.lcm(row_pieces(self.mesh) * max(self.config.train.accumulation, 1), 8)
+        rows = -(-self.config.train.batch_size // multiple) * multiple
+        return rows, self.config.data.max_length + 1
+
+    @property
+    def users(self) -> int:
+        """Users of a batch of lists; as many on each device."""
+        pieces = row_pieces(self.mesh)
+        return -(-self.config.evaluation.batch_size // pieces) * pieces
+
+
+def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan:
+    """What training would start from, as shapes and places alone; rows are exchanged as Zipf-1.0 ids need it."""
+    model = MODELS[config.model.name](config, items)
+    fixed = step_arguments(config, model, mesh, None)
+    state, places = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh)
+    plan = Plan(config, items, mesh, model, state, places, None, 1.0)
+    if mesh.size == 1:
+        return plan
+    exchange, rounds = exchange_of_zipf(config, mesh, items, plan.shape)
+    return plan._replace(exchange=exchange, rounds=rounds)
+
+
+def table_bytes(plan: Plan) -> int:
+    """Bytes that item tables, and what the optimizer keeps of their rows, take on one device."""
+    rows = rows_for(plan.items)
+    leaves = [leaf for leaf in jax.tree.leaves(plan.state) if leaf.ndim and leaf.shape[0] == rows]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def step_program(plan: Plan) -> Program:
+    """The training step."""
+    config = plan.config
+    step = CompiledStep(
+        plan.mesh, plan.places, **step_arguments(config, plan.model, plan.mesh, plan.exchange)
+    )
+    batch = Batch(*[_ints(*plan.shape)] * len(Batch._fields))
+    popular = plan.model.sampled and config.loss.sampler == "popularity"
+    running = _ints(rows_for(plan.items)) if popular else None
+    return _program("train step", plan, step.trace(plan.state, batch, running), plan.rounds)
+
+
+def table_program(plan: Plan) -> Program:
+    """A step's lookup of rows and what it does with their gradients, alone."""
+    config, mesh, table = plan.config, plan.mesh, plan.state.tables[ID_TABLE]
+    if not plan.model.sampled:
+        traced = trace_dense(mesh, table, plan.shape, plan.exchange)
+    else:
+        fixed = step_arguments(config, plan.model, mesh, plan.exchange)
+        traced = trace_rows(
+            mesh,
+            table,
+            plan.state.row_state[ID_TABLE],
+            plan.shape,
+            config.loss.negatives,
+            fixed["row_tx"],
+            config.train.clip_norm,
+            plan.exchange,
+        )
+    return _program("table part", plan, traced, plan.rounds)
+
+
+def encode_program(plan: Plan) -> Program:
+    """The first half of evaluation's and scoring's batch of lists: histories become vectors."""
+    shape = plan.users, plan.config.data.max_length
+    items = _ints(*shape, sharding=sharding(plan.mesh, "batch", None))
+    traced = _recommender(plan).trace_encode(plan.state.params, plan.state.tables, items)
+    return _program("encode", plan, traced, lookup_rounds(plan, shape))
+
+
+def lookup_rounds(plan: Plan, shape: tuple[int, int]) -> float:
+    """Rounds that a batch of Zipf-1.0 ids needs where nothing is known of them when sizes are chosen."""
+    if plan.mesh.size == 1:
+        return 1.0
+    exchange = capacity.default(plan.mesh, math.prod(shape))
+    rows, devices = rows_for(plan.items), capacity.owners(plan.mesh)
+    each = -(-math.prod(shape) // plan.mesh.size)
+    drawn = capacity.zipf(np.random.default_rng(0), plan.items, (devices, each))
+    # A lookup updates nothing, so that no owner has too much to update.
+    need = [*capacity.most(rows_of(drawn, rows), rows, exchange.sizes)[:-1], 0]
+    return float(capacity.rounds(need, exchange))
+
+
+def rank_program(plan: Plan) -> Program:
+    """The second half: vectors become lists of the best items of the whole catalogue."""
+    config = plan.config
+    seen = seen_width(config.data.max_length) if config.evaluation.filter_seen else 1
+    where = sharding(plan.mesh, "batch", None)
+    vectors = jax.ShapeDtypeStruct((plan.users, config.model.dim), jnp.float32, sharding=where)
+    table = plan.state.tables[ID_TABLE]
+    traced = _recommender(plan).trace_rank(vectors, table, _ints(plan.users, seen, sharding=where))
+    return _program("rank", plan, traced, plan.rounds)
+
+
+def _recommender(plan: Plan) -> Recommender:
+    k, users = min(LIST_LENGTH, plan.items), plan.config.evaluation.batch_size
+    return Recommender(plan.model, plan.mesh, users, k, plan.config.evaluation.filter_seen)
+
+
+def _program(name: str, plan: Plan, traced: jax.stages.Traced, rounds: float) -> Program:
+    """With how often loops run of which the program does not tell."""
+    rows, width = plan.shape
+    positions = rows * (width - 1)
+    trips = {
+        # Every position of a planned batch has a target; they are scored block by block.
+        "softmax": -(-positions // min(plan.config.loss.block_positions, positions)),
+        "lookup_rounds": rounds,
+        # The first round of an update stands in front of the loops of further ones.
+        "norm_rounds": rounds - 1,
+        "update_rounds": rounds - 1,
+    }
+    with jax.set_mesh(plan.mesh):
+        return Program(name, traced.lower(), traced.jaxpr, plan.config.model.dtype, trips)
+
+
+def _ints(*shape: int, **where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32, **where)

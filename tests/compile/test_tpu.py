@@ -1,0 +1,93 @@
+"""Programs compiled for TPUs by their own compiler: no TPU is needed, libtpu is."""
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dynrec_jax.compile.measure import Program, measure
+from dynrec_jax.compile.topology import open_target
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+
+ROWS, DIM, IDS = 2**18, 128, 256
+
+
+def numbers(update: Any, rows: int = ROWS) -> dict[str, Any]:
+    """Of a program on v5e:2x2: a table over four chips, and ids that all have."""
+    target = open_target("v5e:2x2", 1)
+    mesh = Mesh(np.array(target.devices), ("x",))
+    table = NamedSharding(mesh, PartitionSpec("x"))
+    step = jax.jit(
+        jax.shard_map(
+            update,
+            mesh=mesh,
+            in_specs=(PartitionSpec("x"), PartitionSpec()),
+            out_specs=(PartitionSpec("x"), PartitionSpec()),
+            check_vma=False,
+        ),
+        donate_argnums=0,
+    )
+    traced = step.trace(
+        jax.ShapeDtypeStruct((rows, DIM), jnp.float32, sharding=table),
+        jax.ShapeDtypeStruct((IDS,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec())),
+    )
+    program = Program("update", traced.lower(), traced.jaxpr, "float32", {"rounds": 2.5})
+    return measure(program, target, [0] * 4)
+
+
+def in_place(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows are summed over the chips: once, three times, and as often as it takes."""
+
+    def summed(_: Any, c: jax.Array) -> jax.Array:
+        return jnp.sin(jax.lax.psum(c, "x"))
+
+    c = jax.lax.psum(table[ids], "x")
+    c = jax.lax.fori_loop(0, 3, summed, c)
+    with jax.named_scope("rounds"):
+        c = jax.lax.fori_loop(0, ids[0], summed, c)
+    return table.at[ids].add(c), c @ c.T
+
+
+def test_numbers_of_a_small_program():
+    found = numbers(in_place)
+    shard = ROWS // 4 * DIM * 4
+    assert found["fits"]
+    assert found["memory_bytes"] == int(15.75 * 2**30)
+    assert found["argument_bytes"] == shard + IDS * 4
+    assert found["aliased_bytes"] == shard
+    assert found["peak_bytes"] > shard
+    # 1 + 3 + 2.5 sums of [256, 128] float32; the loop of three has no noted length on TPUs.
+    assert found["collective_bytes"] == {"within": {"all-reduce": 6.5 * IDS * DIM * 4}, "between": {}}
+    assert found["flops"] == 2 * IDS * IDS * DIM
+    table = f"f32[{ROWS // 4},{DIM}]"
+    listed = [each["shape"] for each in found["largest_arrays"] + found["largest_fast_arrays"]]
+    assert table not in listed
+    assert f"f32[{IDS},{DIM}]" in listed
+    assert found["reason"] == ""
+
+
+def test_a_program_that_is_too_large_does_not_fit_and_has_numbers_all_the_same():
+    rows = 2**26  # 8 GiB on each chip, and a sorted copy of them
+
+    def copies(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        new, _ = in_place(table, ids)
+        return new, jnp.sort(table, axis=1)[ids]
+
+    found = numbers(copies, rows)
+    shard = rows // 4 * DIM * 4
+    assert not found["fits"]
+    assert found["room_bytes"] < 0
+    assert found["argument_bytes"] == shard + IDS * 4
+    assert (found["largest_arrays"][0]["shape"], found["largest_arrays"][0]["bytes"]) == (
+        f"f32[{rows // 4},{DIM}]",
+        shard,
+    )
+    assert "RESOURCE_EXHAUSTED" in found["reason"]
+    assert found["collective_bytes"]["within"]["all-reduce"] > 0

@@ -15,6 +15,7 @@ from dynrec_jax.evaluate.evaluator import LIST_LENGTH
 from dynrec_jax.evaluate.recommender import Recommender, seen_width
 from dynrec_jax.models.bstm import MODELS, Bstm
 from dynrec_jax.models.item_encoder import ID_TABLE
+from dynrec_jax.negatives import sampling
 from dynrec_jax.parallel import capacity
 from dynrec_jax.parallel.exchange import Exchange
 from dynrec_jax.parallel.mesh import row_pieces
@@ -90,8 +91,8 @@ def step_program(plan: Plan) -> Program:
         plan.mesh, plan.places, **step_arguments(config, plan.model, plan.mesh, plan.exchange)
     )
     batch = Batch(*[_ints(*plan.shape)] * len(Batch._fields))
-    popular = plan.model.sampled and config.loss.sampler == "popularity"
-    running = _ints(rows_for(plan.items)) if popular else None
+    counted = plan.model.sampled and sampling(config, plan.items).by_counts
+    running = _ints(rows_for(plan.items)) if counted else None
     return _program("train step", plan, step.trace(plan.state, batch, running), plan.rounds)
 
 

@@ -37,21 +37,23 @@ def trace_rows(
       exchange: as the step's.
     """
 
-    def part(table: Array, state: Any, ids_BxL: Array, shared_K: Array) -> tuple[Array, Any, Array]:
+    def part(table: Array, state: Any, ids_BxL: Array, shared_K: Array) -> tuple[Array, Any, Array, Array]:
         rows_BxLxD, shared_KxD = lookup_both(table, ids_BxL, shared_K, exchange)
+        shared_KxD = constrain(shared_KxD, None, None)  # all devices need all negatives
         # Something that stands for the gradients: of their shape, and not known before the lookup.
-        touched = Touched(ids_BxL, 0.5 * rows_BxLxD, shared_K, 0.5 * constrain(shared_KxD, None, None))
-        clip = Clip(clip_norm, jnp.float32(1))
-        return update_rows(
-            table, state, touched, jnp.float32(1e-3), clip, optimizer=optimizer, exchange=exchange
+        touched = Touched(ids_BxL, 0.5 * rows_BxLxD, shared_K, 0.5 * shared_KxD)
+        clip, rate = Clip(clip_norm, jnp.float32(1)), jnp.float32(1e-3)
+        table, state, square = update_rows(
+            table, state, touched, rate, clip, optimizer=optimizer, exchange=exchange
         )
+        return table, state, square, shared_KxD
 
     where = jax.tree.map(lambda x: x.sharding, (table, state))
     with jax.set_mesh(mesh):
         run = jax.jit(
             part,
             in_shardings=(*where, sharding(mesh, "batch", None), sharding(mesh)),
-            out_shardings=(*where, sharding(mesh)),
+            out_shardings=(*where, sharding(mesh), sharding(mesh)),
             donate_argnums=(0, 1),
         )
         return run.trace(table, state, _ids(*shape), _ids(negatives))

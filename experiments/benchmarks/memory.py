@@ -57,8 +57,9 @@ def step_bytes(config: ml_collections.ConfigDict, items: int, batch: int) -> int
     fixed = step_arguments(config, model, mesh, None)
     state, shardings = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh)
     windows = Batch(*[shape(batch, config.data.max_length + 1)] * len(Batch._fields))
-    running_R = shape(rows_for(items)) if fixed["settings"].sampling.by_counts else None
-    return _temporary(CompiledStep(mesh, shardings, **fixed).lower(state, windows, running_R))
+    counted = model.sampled and fixed["settings"].sampling.by_counts
+    running_R = shape(rows_for(items)) if counted else None
+    return _temporary(CompiledStep(mesh, shardings, **fixed).trace(state, windows, running_R).lower())
 
 
 def lists_bytes(config: ml_collections.ConfigDict, items: int, users: int) -> int:

@@ -15,8 +15,8 @@ from dynrec_jax.evaluate.evaluator import LIST_LENGTH
 from dynrec_jax.evaluate.recommender import Recommender, seen_width
 from dynrec_jax.models.bstm import MODELS, Bstm
 from dynrec_jax.models.item_encoder import ID_TABLE
-from dynrec_jax.negatives import sampling
 from dynrec_jax.parallel import capacity
+from dynrec_jax.parallel.blocks import PEER_AXES, TWIN_AXES
 from dynrec_jax.parallel.exchange import Exchange
 from dynrec_jax.parallel.mesh import row_pieces
 from dynrec_jax.parallel.rules import sharding
@@ -86,14 +86,16 @@ def table_bytes(plan: Plan) -> int:
 
 def step_program(plan: Plan) -> Program:
     """The training step."""
-    config = plan.config
-    step = CompiledStep(
-        plan.mesh, plan.places, **step_arguments(config, plan.model, plan.mesh, plan.exchange)
-    )
+    fixed = step_arguments(plan.config, plan.model, plan.mesh, plan.exchange)
+    # CPU devices that stand for others are not to compute a batch in parts, as CPUs themselves do.
+    settings = fixed["settings"]._replace(pieces=0)
+    step = CompiledStep(plan.mesh, plan.places, **{**fixed, "settings": settings})
     batch = Batch(*[_ints(*plan.shape)] * len(Batch._fields))
-    counted = plan.model.sampled and sampling(config, plan.items).by_counts
+    counted = plan.model.sampled and settings.sampling.by_counts
     running = _ints(rows_for(plan.items)) if counted else None
-    return _program("train step", plan, step.trace(plan.state, batch, running), plan.rounds)
+    parts = max(plan.config.train.accumulation, 1)
+    held = plan.shape[0] // row_pieces(plan.mesh) // parts * (plan.shape[1] - 1)
+    return _program("train step", plan, step.trace(plan.state, batch, running), plan.rounds, held)
 
 
 def table_program(plan: Plan) -> Program:
@@ -145,7 +147,7 @@ def rank_program(plan: Plan) -> Program:
     vectors = jax.ShapeDtypeStruct((plan.users, config.model.dim), jnp.float32, sharding=where)
     table = plan.state.tables[ID_TABLE]
     traced = _recommender(plan).trace_rank(vectors, table, _ints(plan.users, seen, sharding=where))
-    return _program("rank", plan, traced, plan.rounds)
+    return _program("rank", plan, traced, plan.rounds, plan.users // row_pieces(plan.mesh))
 
 
 def _recommender(plan: Plan) -> Recommender:
@@ -153,13 +155,25 @@ def _recommender(plan: Plan) -> Recommender:
     return Recommender(plan.model, plan.mesh, users, k, plan.config.evaluation.filter_seen)
 
 
-def _program(name: str, plan: Plan, traced: jax.stages.Traced, rounds: float) -> Program:
-    """With how often loops run of which the program does not tell."""
-    rows, width = plan.shape
-    positions = rows * (width - 1)
+def _program(name: str, plan: Plan, traced: jax.stages.Traced, rounds: float, positions: int = 1) -> Program:
+    """With how often loops run of which the program does not tell.
+
+    Args:
+      name: of the program.
+      plan: of the run.
+      traced: the program.
+      rounds: of its exchange of rows.
+      positions: that a device holds and all of which are scored, block by block.
+    """
+    together, sampled = plan.config.loss.block_positions, plan.model.sampled
+    peers, twins = (math.prod(plan.mesh.shape[axis] for axis in axes) for axes in (PEER_AXES, TWIN_AXES))
+    # Against the whole catalogue a block has positions of all devices of a slice; against negatives, of those that
+    # hold the same ones.
+    alone = max(min(together, positions) // twins, 1) * twins
+    shared = min(max(together // peers, 1), positions)
     trips = {
-        # Every position of a planned batch has a target; they are scored block by block.
-        "softmax": -(-positions // min(plan.config.loss.block_positions, positions)),
+        "softmax": math.ceil(positions / (alone if sampled else shared)),
+        "mixture": math.ceil(positions / shared),
         "lookup_rounds": rounds,
         # The first round of an update stands in front of the loops of further ones.
         "norm_rounds": rounds - 1,

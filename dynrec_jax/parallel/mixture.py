@@ -37,11 +37,12 @@ def mixture(u_PxD: Array, table_RxD: Array, blocks: Blocks, count: Array | None 
         them cost nothing and their mixture is 0. None: all.
     """
     number, pieces = u_PxD.shape[0], batch_devices()
-    if count is not None:
-        return _mixture(u_PxD, count, table_RxD, blocks)
-    u_PxD = jnp.pad(u_PxD, ((0, -number % pieces), (0, 0)))
-    count = jnp.full((pieces,), u_PxD.shape[0] // pieces, jnp.int32)
-    return _mixture(u_PxD, count, table_RxD, blocks)[:number]
+    with jax.named_scope("mixture"):
+        if count is not None:
+            return _mixture(u_PxD, count, table_RxD, blocks)
+        u_PxD = jnp.pad(u_PxD, ((0, -number % pieces), (0, 0)))
+        count = jnp.full((pieces,), u_PxD.shape[0] // pieces, jnp.int32)
+        return _mixture(u_PxD, count, table_RxD, blocks)[:number]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

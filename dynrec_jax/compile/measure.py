@@ -12,7 +12,8 @@ from dynrec_jax.compile import buffers, hlo
 from dynrec_jax.compile.accessed import bytes_accessed
 from dynrec_jax.compile.collectives import Traffic, traffic
 from dynrec_jax.compile.flops import product_flops
-from dynrec_jax.compile.scopes import expected_trips
+from dynrec_jax.compile.loops import trip_count, walk
+from dynrec_jax.compile.scopes import direct_scope, expected_trips, loop_path
 from dynrec_jax.compile.topology import Target
 from dynrec_jax.errors import MachineError, one_line
 from dynrec_jax.train.peak import stated_peak
@@ -116,6 +117,7 @@ def measure(program: Program, target: Target, slices: Sequence[int]) -> dict[str
         "seconds": seconds(flops, accessed, sent, target, program.dtype),
         "largest_arrays": listed(buffers.OWN),
         "largest_fast_arrays": listed(buffers.FAST),
+        "loops_counted_once": uncounted(compiled.module, program.trips),
         "reason": compiled.reason,
     }
 
@@ -184,6 +186,16 @@ def seconds(flops: float, accessed: float, sent: Traffic, target: Target, dtype:
         "network_between": machine.network_rate,
     }
     return {"expected": expected, **terms, "peaks": peaks}
+
+
+def uncounted(module: hlo.Module, trips: Mapping[str, float]) -> list[str]:
+    """Loops of which nobody knows how often they run: what is in them counts once."""
+    paths = {
+        loop_path(loop, module) or loop.name
+        for loop, computation, _ in walk(module, expected_trips(trips))
+        if loop.opcode == "while" and trip_count(loop, computation, module) is None
+    }
+    return sorted(path for path in paths if direct_scope(path, trips) is None)
 
 
 def _whole(by_kind: dict[str, float]) -> dict[str, int]:

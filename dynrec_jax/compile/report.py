@@ -23,6 +23,10 @@ def show(result: dict[str, Any], console: Console) -> None:
         for each in numbers["largest_arrays"][:SHOWN]:
             console.print(f"  {size(each['bytes']):>11}  {each['shape']}  {each['op']}", markup=False)
     for name, numbers in programs.items():
+        for loop in numbers["loops_counted_once"]:
+            console.print(
+                f"{name}: how often a loop runs is not known, and it counts once: {loop}", markup=False
+            )
         if numbers["reason"]:
             console.print(f"{name}: the compiler says: {numbers['reason']}", markup=False)
 

@@ -26,14 +26,16 @@ def expected_trips(trips: Mapping[str, float]) -> Callable[[Instruction, Module]
     """How often a loop of a compiled program is expected to run, by its scope; once where none is known."""
 
     def of(loop: Instruction, module: Module) -> float:
-        path = loop.op_name
-        if not path:
-            # The compiler rewrote the loop and dropped its name; what decides on the next round still has one.
-            condition = module.computations[loop.called["condition"][0]]
-            paths = [
-                each.op_name for each in condition.instructions.values() if "/while/cond" in each.op_name
-            ]
-            path = paths[-1].rpartition("/cond")[0] if paths else ""
-        return trips.get(direct_scope(path, trips) or "", 1.0)
+        return trips.get(direct_scope(loop_path(loop, module), trips) or "", 1.0)
 
     return of
+
+
+def loop_path(loop: Instruction, module: Module) -> str:
+    """Where in the traced program a loop comes from; empty where the compiler says it nowhere."""
+    if loop.op_name:
+        return loop.op_name
+    # The compiler rewrote the loop and dropped its name; what decides on the next round still has one.
+    condition = module.computations[loop.called["condition"][0]]
+    paths = [each.op_name for each in condition.instructions.values() if "/while/cond" in each.op_name]
+    return paths[-1].rpartition("/cond")[0] if paths else ""

@@ -6,6 +6,7 @@ import pytest
 
 from dynrec_jax.compile import hlo
 from dynrec_jax.compile.loops import trip_count, walk
+from dynrec_jax.compile.measure import uncounted
 from dynrec_jax.compile.scopes import direct_scope, expected_trips
 
 # A loop as TPUs' compiler writes it; what is told in braces is filled in.
@@ -111,6 +112,9 @@ def test_loops_multiply_and_unknown_ones_go_by_their_scope():
     # The loop itself has no name here; its condition has.
     assert times_of(unknown, {"rounds": 2.5}, "all-reduce") == [2.5]
     assert times_of(unknown, {"round": 2.5}, "all-reduce") == [1]
+    assert uncounted(unknown, {"rounds": 2.5}) == []
+    assert uncounted(unknown, {"round": 2.5}) == ["jit(f)/rounds/while"], "what counts once is said"
+    assert uncounted(module(), {}) == []
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,16 @@ def join_positions(x: Array, number: int) -> Array:
     return x.reshape(-1, *x.shape[2:])[:number]
 
 
+def in_loop(x: Array, index: Array, dtype: Any) -> Array:
+    """`x.astype(dtype)`, made at each turn of a loop over `index`, an int32 from 0 up.
+
+    XLA would round a whole table to bfloat16 before the loop, for products in bfloat16 and on TPUs for others too, and
+    hold both. It does not look through an operation that leaves all bits as they are because `index` is not negative.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jax.lax.bitcast_convert_type(bits ^ (index >> 31).astype(bits.dtype), x.dtype).astype(dtype)
+
+
 class Tiles(NamedTuple):
     """How a device's rows are cut into blocks of C rows, without a copy of the table.
 
@@ -152,7 +162,8 @@ class Tiles(NamedTuple):
 
     def block(self, index: Array) -> Array:
         """The rows of a block, [C, D]."""
-        return jax.lax.dynamic_slice_in_dim(self.table_RxD, self.start(index), self.size).astype(self.dtype)
+        v_CxD = jax.lax.dynamic_slice_in_dim(self.table_RxD, self.start(index), self.size)
+        return in_loop(v_CxD, index, self.dtype)
 
     def add(self, sum_RxD: Array, index: Array, part_CxD: Array) -> Array:
         """Adds a block's part to a sum in the table's layout."""

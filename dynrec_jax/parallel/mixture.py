@@ -14,6 +14,7 @@ from dynrec_jax.parallel.blocks import (
     Blocks,
     Devices,
     batch_devices,
+    in_loop,
     join_positions,
     normaliser,
     on_devices,
@@ -68,7 +69,7 @@ def _mix(blocks: Blocks, devices: Devices, u: Array, count: Array, table: Array)
 
     def block(b: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         r_BxQxD, z_BxQ = carry
-        u_QxD = devices.gather(u_BxQxD[b].astype(blocks.dtype))
+        u_QxD = devices.gather(in_loop(u_BxQxD[b], b, blocks.dtype))
         z_Q = normaliser(u_QxD, cut, blocks, devices)
 
         def step(r_QxD: Array, index: Array) -> tuple[Array, None]:

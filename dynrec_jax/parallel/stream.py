@@ -19,6 +19,7 @@ from dynrec_jax.parallel.blocks import (
     WHOLE,
     Blocks,
     Devices,
+    in_loop,
     join_positions,
     normaliser,
     on_devices,
@@ -57,7 +58,7 @@ def _value(blocks: Blocks, devices: Devices, u: Array, weight: Array, count: Arr
     u_BxQxD, w_BxQ = split_positions(u, each), split_positions(weight, each)
 
     def block(b: Array, total: Array) -> Array:
-        u_QxD, w_Q = devices.gather(u_BxQxD[b].astype(blocks.dtype)), devices.gather(w_BxQ[b])
+        u_QxD, w_Q = devices.gather(in_loop(u_BxQxD[b], b, blocks.dtype)), devices.gather(w_BxQ[b])
         z_Q = normaliser(u_QxD, cut, blocks, devices)
         return total + jnp.sum(jnp.where(w_Q != 0, w_Q * z_Q, 0.0))
 
@@ -76,7 +77,7 @@ def _gradients(
 
     def block(b: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, du_BxQxD, dv_RxD = carry
-        u_QxD, w_Q = devices.gather(u_BxQxD[b].astype(blocks.dtype)), devices.gather(w_BxQ[b])
+        u_QxD, w_Q = devices.gather(in_loop(u_BxQxD[b], b, blocks.dtype)), devices.gather(w_BxQ[b])
         if by_itself:
             z_Q, du_QxD, dv_RxD = _whole_catalogue(u_QxD, w_Q, table, dv_RxD, blocks)
         else:

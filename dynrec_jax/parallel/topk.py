@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dynrec_jax.parallel.blocks import ROWS, SLICE_AXES, Devices, on_devices
+from dynrec_jax.parallel.blocks import ROWS, SLICE_AXES, Devices, in_loop, on_devices
 from dynrec_jax.parallel.rules import ITEM_AXES
 from dynrec_jax.parallel.table import STRIPED_FROM, STRIPS, ids_of, rows_of
 
@@ -160,7 +160,7 @@ def _local(
         # The last block starts early enough to be full, so that the table is never copied; what it shares with the
         # block before is left out here.
         start = jnp.minimum(index * size, held - size)
-        v_CxD = order.rows(start, size)
+        v_CxD = in_loop(order.rows(start, size), index, u_BxD.dtype)
         s_BxC = jnp.einsum("bd,cd->bc", u_BxD, v_CxD, preferred_element_type=jnp.float32) * settings.scale
         place_C = start + jnp.arange(size)
         id_C = order.ids(place_C)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from dynrec_jax.parallel.blocks import Blocks
 from dynrec_jax.parallel.mesh import row_pieces
@@ -185,6 +187,46 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish():
     expected = weight @ (top_P + np.log(np.exp(s_PxN - top_P[:, None]).sum(axis=1)))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert np.isfinite(np.asarray(du)).all()
+
+
+def test_products_in_bfloat16_round_what_is_multiplied_and_nothing_else():
+    """The value is that of rounded vectors, exactly; probabilities are rounded on their way into gradients."""
+    u, weight, table, _ = inputs(37)
+    blocks = Blocks(37, SCALE, 8, 4, jnp.dtype("bfloat16"))
+    value, (du, dv) = logsumexp_gradients(blocks)(u, weight, table)
+    rounded_u, rounded_table = (np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (u, table))
+    expected, expected_du, expected_dv = dense_logsumexp(rounded_u, weight, rounded_table, 37)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for found, dense_gradient in ((du, expected_du), (dv, expected_dv)):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, dense_gradient, rtol=0, atol=0.01 * np.abs(dense_gradient).max())
+        assert (np.asarray(found) != np.asarray(found.astype(jnp.bfloat16), np.float32)).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tpu_holds_no_second_table(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    """By its compiler, which needs no TPU: neither precision keeps rounded rows, 104 MiB, beside the table's 208."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    chip = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=[1, 1, 1]
+    ).devices[0]
+    items = 210_000  # of less, the chip's own 128 MiB could hold the gradient
+    blocks = Blocks(items, SCALE, 4096, 256, jnp.dtype(dtype))
+    shapes = ((2048, 256), (2048,), (rows_for(items), 256))
+    here = SingleDeviceSharding(chip)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here) for shape in shapes]
+    run = jax.jit(
+        jax.value_and_grad(
+            lambda u, weight, table: logsumexp_sum(u, weight, jnp.array([2048]), table, blocks), (0, 2)
+        )
+    )
+    used = run.lower(*arguments).compile().memory_analysis()
+    # Scratch that fits into the chip's own memory is not counted as temporary, but in the peak it is.
+    beside = used.peak_memory_in_bytes - used.argument_size_in_bytes - used.output_size_in_bytes
+    assert beside < 20 * 2**20
 
 
 @pytest.mark.parametrize("which", ["logsumexp", "mixture"])

@@ -1,6 +1,5 @@
 """Will it fit, and how fast could it be: a run's programs compiled for devices that need not be there."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,13 @@ from jax.sharding import Mesh
 
 from dynrec_jax.compile import programs
 from dynrec_jax.compile.measure import measure
-from dynrec_jax.compile.report import size
 from dynrec_jax.compile.topology import Target
 from dynrec_jax.data.dataset import open_dataset
 from dynrec_jax.errors import ConfigError
-from dynrec_jax.models.item_encoder import ID_TABLE
 from dynrec_jax.parallel.mesh import check_model, make_mesh
 from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.progress import Progress
+from dynrec_jax.train.state import check_tables
 
 MOST_ITEMS = 2**31 - 2**13  # so that a table's rows, rounded up, have int32 numbers
 PROGRAMS = {
@@ -62,22 +60,6 @@ def make_target_mesh(config: ml_collections.ConfigDict, target: Target, items: i
     mesh = make_mesh(m.data, m.fsdp, m.tensor, target.slices, m.tables, target.devices)
     check_model(mesh, rows_for(items), config.model.dim, config.model.heads)
     return mesh
-
-
-def check_table(plan: programs.Plan, target: Target) -> None:
-    """Raises ConfigError where the item tables and what the optimizer keeps of them cannot fit."""
-    held = programs.table_bytes(plan)
-    if held <= target.memory:
-        return
-    rows = rows_for(plan.items)
-    holders = rows // plan.state.tables[ID_TABLE].sharding.shard_shape((rows, 1))[0]
-    needed = 2 ** math.ceil(math.log2(held * holders / target.memory))
-    fewer = int(plan.items * target.memory / held)
-    raise ConfigError(
-        f"config.data.items: {plan.items:,} items of {plan.config.model.dim} float32 numbers and the optimizer's state "
-        f"of their rows take {size(held)} on each of {holders} devices, which have {size(target.memory)}; they need "
-        f"{needed} devices, or at most {fewer:,} items"
-    )
 
 
 def plan_run(config: ml_collections.ConfigDict, target: Target, progress: Progress) -> dict[str, Any]:
@@ -137,5 +119,5 @@ def checked_plan(config: ml_collections.ConfigDict, target: Target) -> tuple[pro
     items = catalogue_size(config)
     mesh = make_target_mesh(config, target, items)
     plan = programs.make_plan(config, items, mesh)
-    check_table(plan, target)
+    check_tables(plan.state, items, mesh, target.memory)
     return plan, [target.slice_of(device) for device in mesh.devices.flat]

@@ -77,13 +77,6 @@ def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan
     return plan._replace(exchange=exchange, rounds=rounds)
 
 
-def table_bytes(plan: Plan) -> int:
-    """Bytes that item tables, and what the optimizer keeps of their rows, take on one device."""
-    rows = rows_for(plan.items)
-    leaves = [leaf for leaf in jax.tree.leaves(plan.state) if leaf.ndim and leaf.shape[0] == rows]
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
 def step_program(plan: Plan) -> Program:
     """The training step."""
     fixed = step_arguments(plan.config, plan.model, plan.mesh, plan.exchange)

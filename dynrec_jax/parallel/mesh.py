@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -118,6 +119,15 @@ def check_model(mesh: Mesh, rows: int, dim: int, heads: int) -> None:
         )
     if dim % fsdp:
         raise ConfigError(f"config.mesh.fsdp: {fsdp} does not divide model.dim={dim}; choose one that does")
+
+
+def device_memory() -> int | None:
+    """Bytes of one of this process's devices; simulated ones share the machine's. None where nobody tells."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
+    told = (devices[0].memory_stats() or {}).get("bytes_limit")
+    return None if told is None else int(told)
 
 
 class Feed(NamedTuple):

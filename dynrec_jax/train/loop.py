@@ -17,7 +17,16 @@ from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.models.bstm import MODELS, Bstm
 from dynrec_jax.negatives import running_counts, sampling
 from dynrec_jax.parallel.exchange import Exchange
-from dynrec_jax.parallel.mesh import Feed, feed, place_rows, place_same, row_pieces, sum_of_parts
+from dynrec_jax.parallel.mesh import (
+    Feed,
+    device_memory,
+    feed,
+    place_rows,
+    place_same,
+    row_pieces,
+    sum_of_parts,
+    table_devices,
+)
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.rules import sharding
 from dynrec_jax.parallel.table import rows_for
@@ -29,8 +38,10 @@ from dynrec_jax.train.optimizer import make_optimizer, make_row_optimizer, make_
 from dynrec_jax.train.peak import peak_of_process
 from dynrec_jax.train.plan import described, exchange_of_batches
 from dynrec_jax.train.progress import Progress
-from dynrec_jax.train.state import TrainState, init_state
+from dynrec_jax.train.state import TrainState, abstract_state, check_tables, init_state
 from dynrec_jax.train.step import CompiledStep, StepSettings
+
+MOST_OF_A_ROW = 4  # arrays of the table's size, itself included: Adam's moments, and numbers of rows
 
 StepFunction = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
@@ -106,6 +117,16 @@ def setup(
     fixed = step_arguments(config, model, mesh, exchange)
     state, shardings = init_state(model, fixed["tx"], fixed["row_tx"], mesh, config.seed)
     return state, CompiledStep(mesh, shardings, **fixed)
+
+
+def check_fits(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> None:
+    """Raises ConfigError where the item tables of a run cannot fit into its devices' memory; nothing is allocated."""
+    memory = device_memory()
+    most = MOST_OF_A_ROW * rows_for(items) * config.model.dim * 4 // table_devices(mesh)
+    if memory is not None and most > memory:  # to look closer takes half a second
+        model = MODELS[config.model.name](config, items)
+        state, _ = abstract_state(model, make_optimizer(config), make_row_optimizer(config), mesh)
+        check_tables(state, items, mesh, memory)
 
 
 def step_arguments(

@@ -1,6 +1,7 @@
 """The state of a training run: a tree, and where each leaf lies on the mesh."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,13 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from dynrec_jax.errors import ConfigError
 from dynrec_jax.models.bstm import Bstm
+from dynrec_jax.parallel.mesh import table_devices
 from dynrec_jax.parallel.rows import RowOptimizer
 from dynrec_jax.parallel.rules import sharding, tree_shardings
+
+GIB = 2**30
 
 # Of a program that runs once: on CPU it compiles in 1.9 s instead of 2.7, to the same weights.
 QUICKLY = {"xla_backend_optimization_level": 1}
@@ -86,3 +91,26 @@ def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
     shardings = tree_shardings(mesh, abstract)
     rows = jax.tree.map(lambda x: sharding(mesh, "items", *(None,) * (x.ndim - 1)), abstract.row_state)
     return shardings._replace(row_state=rows)
+
+
+def table_bytes(state: TrainState) -> int:
+    """Bytes of one device for the item tables and what optimizers keep of their rows, of an abstract state."""
+    rows = {table.shape[0] for table in jax.tree.leaves(state.tables)}
+    leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.shape[0] in rows]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def check_tables(state: TrainState, items: int, mesh: Mesh, memory: int) -> None:
+    """Raises ConfigError where an abstract state's tables of N items cannot fit into a device's memory, in bytes."""
+    needed = table_bytes(state)
+    if needed <= memory:
+        return
+    holders = table_devices(mesh)
+    dim = max(table.shape[1] for table in jax.tree.leaves(state.tables))
+    enough = 2 ** math.ceil(math.log2(needed * holders / memory))
+    raise ConfigError(
+        f"{items:,} items of {dim} float32 numbers and the optimizer's state of their rows take "
+        f"{needed / GIB:,.1f} GiB on each of {holders} devices, which have {memory / GIB:,.1f} GiB; they need {enough} "
+        f"devices, or at most {int(items * memory / needed):,} items, a smaller model.dim, or a sampled loss with "
+        "train.row_optimizer=adagrad"
+    )

@@ -71,6 +71,7 @@ def train(
         m = config.mesh
         mesh = make_mesh(m.data, m.fsdp, m.tensor, m.slices, m.tables)
         check_model(mesh, rows_for(dataset.items), config.model.dim, config.model.heads)
+        loop.check_fits(config, dataset.items, mesh)
         own = feed(mesh, processes.index)
         check_batch(config.train.batch_size, dataset.shards, own.parts)
         return mesh, own

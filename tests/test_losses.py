@@ -18,7 +18,14 @@ from . import tiny
 
 ITEMS, DIM, SCALE = 23, 5, 0.8
 FLOAT = jnp.dtype("float32")
-MESHES = [((8, 1, 1), 1), ((2, 2, 2), 1), ((1, 8, 1), 1), ((1, 1, 8), 1), ((2, 2, 1), 2), ((1, 2, 2), 2)]
+MESHES = [
+    ((2, 2, 2), 1),
+    ((1, 1, 8), 1),
+    ((2, 2, 1), 2),
+    ((1, 2, 2), 2),
+    pytest.param((8, 1, 1), 1, marks=pytest.mark.slow),
+    pytest.param((1, 8, 1), 1, marks=pytest.mark.slow),
+]
 BLOCKS = Blocks(ITEMS, SCALE, 8, 4)
 
 

@@ -262,7 +262,7 @@ def _padded(x: Array, axis: int) -> Array:
     return jnp.pad(x, [(0, -length % side if at == axis else 0) for at in range(x.ndim)])
 
 
-def _given(reach_BxL: Array, direction: Direction, bias: TimeBias | None, tiled: bool) -> _Given:
+def _given(k: Array, reach_BxL: Array, direction: Direction, bias: TimeBias | None, tiled: bool) -> _Given:
     if not tiled:
         return _Given(*bounds(reach_BxL, direction), bias)
     if direction == "backward":
@@ -271,14 +271,17 @@ def _given(reach_BxL: Array, direction: Direction, bias: TimeBias | None, tiled:
         reach_BxL = jnp.minimum(reach_BxL, behind_L[None, :])
     if bias is not None:
         bias = bias._replace(times=_padded(bias.times, 1))
-    return _Given(*bounds(_padded(reach_BxL, 1), direction), bias)
+    given = _Given(*bounds(_padded(reach_BxL, 1), direction), bias)
+    # As if it depended on the keys. In a scan over blocks of the encoder, JAX computes ahead what is the same in each:
+    # the masks and buckets of all tiles, which are `L × L`.
+    return jax.lax.optimization_barrier((given, k))[0]
 
 
 def _forward(
     q: Array, k: Array, v: Array, reach: Array, direction: Direction, bias: TimeBias | None
 ) -> tuple[Array, Any]:
     tiled = q.shape[2] > SHORT
-    given = _given(reach, direction, bias, tiled)
+    given = _given(k, reach, direction, bias, tiled)
     y, z = (_forward_tiles if tiled else _forward_blocks)(q, k, v, given, direction)
     # In the type of `v` also for the gradient: a float32 copy would be the largest thing kept.
     y, z = checkpoint_name(y.astype(v.dtype), SAVED), checkpoint_name(z, SAVED)
@@ -351,7 +354,7 @@ def _backward(direction: Direction, saved: Any, g: Array) -> tuple[Array, Array,
     # Σ_k p_k dp_k is g·y: one column to a query instead of a pass over all scores.
     inner = (g.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     tiled = q.shape[2] > SHORT
-    given = _given(reach, direction, bias, tiled)
+    given = _given(k, reach, direction, bias, tiled)
     read = _Read(q, k, v, z, g, inner)
     dq, dk, dv, table = (_backward_tiles if tiled else _backward_blocks)(read, given, direction)
     none: Any = None  # integers have no gradient

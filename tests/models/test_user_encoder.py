@@ -1,5 +1,6 @@
 """The user encoder: which way it looks, and that packing and direction are what they are said to be."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
 
+from dynrec_jax.models import attention as attention_module
 from dynrec_jax.models.attention import Direction, attention
 from dynrec_jax.models.bstm import make_bstm
 from dynrec_jax.models.layers import BLOCKS, Dropout, Places
@@ -256,6 +258,34 @@ def test_what_is_kept_and_what_is_computed_again(scan_layers: bool):
     # Of a block also query, key, value, means and what comes of them, and gate and up of 3 D each.
     assert kept["block"] + LAYERS * 11 * activation <= kept["products"] < kept["none"]
     assert products["products"] == products["none"] < products["block"]
+
+
+@pytest.mark.parametrize("remat", ["none", "products", "block"])
+def test_no_scan_over_blocks_computes_masks_or_ones_of_all_tiles_ahead(
+    monkeypatch: pytest.MonkeyPatch, remat: str
+):
+    """They are the same in each block, and JAX moves what does not change out of a scan: `L × L` in all."""
+    for name, value in (("SHORT", 0), ("TILE", 8), ("ALIGN", 8)):
+        monkeypatch.setattr(attention_module, name, value)
+    length, tiles = 128, 16 * 17 // 2
+    module = encoder(max_length=length, time_buckets=8, remat=remat, scan_layers=True)
+    x, numbers = jnp.zeros((1, length, DIM)), jnp.zeros((1, length), jnp.int32)
+    at = Moments(numbers, numbers, numbers)
+
+    def total(params: Any) -> jax.Array:
+        return module.apply({"params": params}, x, at).sum()
+
+    traced = jax.make_jaxpr(jax.grad(total))(weights(module))
+    largest = max(variable.aval.size for e in equations(traced.jaxpr) for variable in e.outvars)
+    assert largest < tiles * 8 * 8
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Those of inner functions and loops too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def count_products(jaxpr: Any) -> int:

@@ -16,7 +16,7 @@ from dynrec_jax.batch import PAD, Batch
 from dynrec_jax.parallel.blocks import POSITIONS, ROWS, WHOLE, Devices, on_devices
 from dynrec_jax.parallel.counters import token_bits, token_counters
 from dynrec_jax.parallel.rules import BATCH_AXES, ITEM_AXES
-from dynrec_jax.parallel.table import ids_of, rows_of
+from dynrec_jax.parallel.table import ids_of, in_rows, rows_of
 
 Array = jax.Array
 
@@ -76,9 +76,7 @@ def running_counts(counts: np.ndarray, rows: int) -> np.ndarray:
     """
     counts = np.maximum(counts // (counts.sum() // 2**30 + 1), 1)
     counts[PAD] = 0
-    by_row = np.zeros(rows, np.int64)
-    by_row[rows_of(np.arange(len(counts)), rows)] = counts
-    return np.cumsum(by_row).astype(np.int32)
+    return np.cumsum(in_rows(counts, rows)).astype(np.int32)
 
 
 def draw_negatives(key: Array, batch: Batch, running_R: Array | None, settings: Sampling) -> Negatives:

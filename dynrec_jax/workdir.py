@@ -57,7 +57,7 @@ class Run:
       dataset: the dataset folder that it was trained on.
       model: the model's pure functions.
       params: dense weights.
-      tables: item tables {name: [R, D]}.
+      tables: item tables {name: [R, D]}; item i has the row `parallel.table.rows_of(i, R)`, which is i below 65,536.
       step: the checkpoint's step.
       mesh: where params and tables lie.
     """

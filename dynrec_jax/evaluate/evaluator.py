@@ -16,7 +16,7 @@ from dynrec_jax.evaluate.recommender import Lists, Recommender, fixed_lists, gro
 from dynrec_jax.models.bstm import Bstm
 from dynrec_jax.parallel.mesh import sum_of_parts
 from dynrec_jax.parallel.processes import ALONE, Processes
-from dynrec_jax.parallel.table import rows_for
+from dynrec_jax.parallel.table import in_rows, rows_for
 
 LIST_LENGTH = 100  # what scoring writes by default: the metrics are those of that list
 
@@ -117,8 +117,8 @@ class Evaluator:
         for name, own in popularity_counts(self._histories, self._splits, self._config).items():
             counts = self._sum(own)
             # Their ranks: counts above 2^24 would tie in float32.
-            scores_R = np.zeros(rows_for(self._items), np.float32)
-            scores_R[: len(counts)] = np.unique(counts, return_inverse=True)[1]
+            ranks = np.unique(counts, return_inverse=True)[1].astype(np.float32)
+            scores_R = in_rows(ranks, rows_for(self._items))
             lists = fixed_lists(self.recommender, scores_R, self._items, self._config.loss.block_items)
             result[name] = self.metrics_of(lists)
         return result

@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from dynrec_jax.models.attention import SAVED, Direction, TimeBias, attention, attention_at, bounds
+from dynrec_jax.parallel.counters import mix
 
 Array = jax.Array
 
@@ -44,29 +45,17 @@ class Places:
         return jnp.take_along_axis(x, self.read.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
 
 
-def token_counters(segments_BxL: Array, positions_BxL: Array) -> Array:
-    """uint32[B, L], a number for each event of a batch that depends on its window and place in it alone."""
-    segments = segments_BxL.astype(jnp.uint32)
-    return _mix(_mix(segments) + positions_BxL.astype(jnp.uint32))
-
-
 def hash_bits(key: Array, counters_BxL: Array, features: int) -> Array:
     """Random uint32 bits [B, L, features] from (key, event, feature).
 
     The bits do not depend on how windows lie in rows or rows on devices, so dropout is the same on any mesh, and
-    each device makes its own. One more round of the 32-bit finaliser "lowbias32" (C. Wellons, Hash Prospector,
-    2018) for each element: some five times fewer instructions than threefry, on every backend.
+    each device makes its own. One more round of `mix` for each element: some five times fewer instructions than
+    threefry, on every backend.
     """
     words = jax.random.key_data(key).astype(jnp.uint32).reshape(-1)
-    event_BxL = _mix(counters_BxL ^ words[0]) + words[-1]
+    event_BxL = mix(counters_BxL ^ words[0]) + words[-1]
     feature_F = jnp.arange(features, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-    return _mix(event_BxL[..., None] + feature_F[None, None, :])
-
-
-def _mix(x: Array) -> Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+    return mix(event_BxL[..., None] + feature_F[None, None, :])
 
 
 class Dropout(nn.Module):

@@ -9,7 +9,8 @@ from flax import linen as nn
 
 from dynrec_jax.batch import PAD
 from dynrec_jax.models.attention import SAVED, Direction
-from dynrec_jax.models.layers import BLOCKS, Dropout, LayerNorm, Places, token_counters
+from dynrec_jax.models.layers import BLOCKS, Dropout, LayerNorm, Places
+from dynrec_jax.parallel.counters import token_counters
 from dynrec_jax.parallel.rules import constrain
 
 Array = jax.Array

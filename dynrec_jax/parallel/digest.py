@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dynrec_jax.parallel.counters import mix
+
 Array = jax.Array
 LANES = 4
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -38,9 +40,9 @@ def digest(x: Array) -> Array:
     for axis in reversed(range(1, bits.ndim)):
         column += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]
-    place = _mix(_mix(row + jnp.uint32(0x9E3779B9)) + column)
-    first = _mix(bits ^ place)
-    second = _mix(first + place + jnp.uint32(0x85EBCA6B))
+    place = mix(mix(row + jnp.uint32(0x9E3779B9)) + column)
+    first = mix(bits ^ place)
+    second = mix(first + place + jnp.uint32(0x85EBCA6B))
     third = first * (second | jnp.uint32(1))
     fourth = second ^ (third >> 15)
     # One reduction of all lanes: four by themselves would first write each lane out, as large as the array.
@@ -50,12 +52,6 @@ def digest(x: Array) -> Array:
 
 def _add(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(x + y for x, y in zip(one, other, strict=True))
-
-
-def _mix(x: Array) -> Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 def digests(arrays: Sequence[Any]) -> list[str]:

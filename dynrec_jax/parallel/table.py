@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from dynrec_jax.parallel import capacity
@@ -45,6 +46,13 @@ def ids_of(row: Any, rows: int) -> Any:
         return row
     strip = rows // STRIPS
     return (row % strip << STRIP_BITS) + _reversed(row // strip)
+
+
+def in_rows(values: np.ndarray, rows: int) -> np.ndarray:
+    """Values by item index, of the items 0 .. N, as the rows of a table of so many rows; 0 in rows of no item."""
+    found = np.zeros(rows, values.dtype)
+    found[rows_of(np.arange(len(values)), rows)] = values
+    return found
 
 
 def _reversed(strip: Any) -> Any:

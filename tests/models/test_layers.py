@@ -16,8 +16,8 @@ from dynrec_jax.models.layers import (
     Places,
     RmsNorm,
     hash_bits,
-    token_counters,
 )
+from dynrec_jax.parallel.counters import token_counters
 
 from .. import tiny
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynrec_jax.parallel.table import STRIPED_FROM, STRIPS, ids_of, lookup, rows_for, rows_of
+from dynrec_jax.parallel.table import STRIPED_FROM, STRIPS, ids_of, in_rows, lookup, rows_for, rows_of
 
 LARGE = rows_for(70_000)
 
@@ -25,6 +25,14 @@ def test_every_item_has_a_row_of_its_own(rows: int):
     np.testing.assert_array_equal(ids_of(row, rows), ids)
     np.testing.assert_array_equal(rows_of(jnp.asarray(ids), rows), row)
     assert row[0] == 0
+
+
+@pytest.mark.parametrize("rows", [512, LARGE])
+def test_values_of_items_lie_in_their_rows(rows: int):
+    values = np.arange(100, 400)
+    found = in_rows(values, rows)
+    assert [found[rows_of(item, rows)] for item in (0, 1, 299)] == [100, 101, 399]
+    assert (found != 0).sum() == 300
 
 
 def test_neighbours_of_a_large_table_have_different_owners():

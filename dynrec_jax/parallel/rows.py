@@ -22,12 +22,17 @@ class RowOptimizer(NamedTuple):
 
     Attributes:
       init: table [R, D] -> state.
-      update: (table, state, rows, gradients, learning rate) -> (table, state), each row named once; a row number
-        behind the table is none. Rows that are not named neither move nor decay.
+      update: (table, state, rows, gradients, learning rate) -> (table, state). Rows ascend and each is named once;
+        numbers behind the table are none. Rows that are not named neither move nor decay.
     """
 
     init: Callable[[Array], Any]
     update: Callable[[Array, Any, Array, Array, Array], tuple[Array, Any]]
+
+
+# Said so, accelerators need neither put rows in order nor guard against two updates of one.
+ORDERED: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True}
+READ, WRITE = {"mode": "fill", **ORDERED}, {"mode": "drop", **ORDERED}
 
 
 def rowwise_adagrad(epsilon: float = 1e-8) -> RowOptimizer:
@@ -37,10 +42,9 @@ def rowwise_adagrad(epsilon: float = 1e-8) -> RowOptimizer:
         return jnp.zeros((table_RxD.shape[0],), jnp.float32)
 
     def update(table: Array, state: Array, ids: Array, grads: Array, rate: Array) -> Any:
-        state = state.at[ids].add(jnp.mean(jnp.square(grads), axis=-1), mode="drop")
-        seen = state.at[ids].get(mode="fill", fill_value=1.0)
-        table = table.at[ids].add(-rate * grads / (jnp.sqrt(seen) + epsilon)[:, None], mode="drop")
-        return table, state
+        seen = state.at[ids].get(fill_value=0.0, **READ) + jnp.mean(jnp.square(grads), axis=-1)
+        table = table.at[ids].add(-rate * grads / (jnp.sqrt(seen) + epsilon)[:, None], **WRITE)
+        return table, state.at[ids].set(seen, **WRITE)
 
     return RowOptimizer(init, update)
 
@@ -61,16 +65,16 @@ def lazy_adam(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -
         return AdamRows(zeros, zeros, jnp.zeros((table_RxD.shape[0],), jnp.int32))
 
     def update(table: Array, state: AdamRows, ids: Array, grads: Array, rate: Array) -> Any:
-        mean = beta1 * state.mean.at[ids].get(mode="fill", fill_value=0.0) + (1 - beta1) * grads
-        square = beta2 * state.square.at[ids].get(mode="fill", fill_value=0.0) + (1 - beta2) * grads**2
-        count = state.updates.at[ids].get(mode="fill", fill_value=0) + 1
+        mean = beta1 * state.mean.at[ids].get(fill_value=0.0, **READ) + (1 - beta1) * grads
+        square = beta2 * state.square.at[ids].get(fill_value=0.0, **READ) + (1 - beta2) * grads**2
+        count = state.updates.at[ids].get(fill_value=0, **READ) + 1
         t = count.astype(jnp.float32)[:, None]
         step = (mean / (1 - beta1**t)) / (jnp.sqrt(square / (1 - beta2**t)) + epsilon)
-        table = table.at[ids].add((-rate * step).astype(table.dtype), mode="drop")
+        table = table.at[ids].add((-rate * step).astype(table.dtype), **WRITE)
         state = AdamRows(
-            state.mean.at[ids].set(mean, mode="drop"),
-            state.square.at[ids].set(square, mode="drop"),
-            state.updates.at[ids].set(count, mode="drop"),
+            state.mean.at[ids].set(mean, **WRITE),
+            state.square.at[ids].set(square, **WRITE),
+            state.updates.at[ids].set(count, **WRITE),
         )
         return table, state
 
@@ -162,9 +166,14 @@ def update_rows(
 
 
 def merge(row_M: Array, gradient_MxD: Array, none: int) -> tuple[Array, Array]:
-    """Sums gradients of the same row: rows int32[M] without repetition, `none` behind, and their gradients."""
+    """Sums gradients of the same row: rows int32[M], ascending, `none` and more behind; and their gradients."""
     list_M, place_M = distinct(row_M, none)
-    return list_M, jax.ops.segment_sum(gradient_MxD, place_M, num_segments=list_M.shape[0])
+    return told_apart(list_M, none), jax.ops.segment_sum(gradient_MxD, place_M, num_segments=list_M.shape[0])
+
+
+def told_apart(row_T: Array, none: int) -> Array:
+    """Rows in which each `none` is another number from `none` up, so that no number is there twice."""
+    return jnp.where(row_T < none, row_T, none + jnp.arange(row_T.shape[0], dtype=jnp.int32))
 
 
 def _update_alone(
@@ -218,12 +227,12 @@ def _update_inside(
         square, _, _ = jax.lax.while_loop(lambda carry: carry[2], measure, start)
     square = jax.lax.psum(square, ITEM_AXES)
     factor = Clip(norm, dense_square).factor(square)
-    table_RxD, state = optimizer.update(table_RxD, state, own_T, g_TxD * factor, rate)
+    table_RxD, state = optimizer.update(table_RxD, state, told_apart(own_T, held), g_TxD * factor, rate)
 
     def move(carry: tuple[Array, Any, Array, Array]) -> tuple[Array, Any, Array, Array]:
         table_RxD, state, open_M, _ = carry
         own_T, g_TxD, open_M = delivery.round(open_M, across)
-        table_RxD, state = optimizer.update(table_RxD, state, own_T, g_TxD * factor, rate)
+        table_RxD, state = optimizer.update(table_RxD, state, told_apart(own_T, held), g_TxD * factor, rate)
         return table_RxD, state, open_M, anything_open(open_M, across)
 
     with jax.named_scope("update_rounds"):

@@ -263,17 +263,16 @@ def _padded(x: Array, axis: int) -> Array:
 
 
 def _given(k: Array, reach_BxL: Array, direction: Direction, bias: TimeBias | None, tiled: bool) -> _Given:
-    if not tiled:
-        return _Given(*bounds(reach_BxL, direction), bias)
-    if direction == "backward":
-        # Not beyond the last position: padding follows.
-        behind_L = jnp.arange(reach_BxL.shape[1] - 1, -1, -1, dtype=jnp.int32)
-        reach_BxL = jnp.minimum(reach_BxL, behind_L[None, :])
-    if bias is not None:
-        bias = bias._replace(times=_padded(bias.times, 1))
-    given = _Given(*bounds(_padded(reach_BxL, 1), direction), bias)
+    if tiled:
+        if direction == "backward":
+            # Not beyond the last position: padding follows.
+            behind_L = jnp.arange(reach_BxL.shape[1] - 1, -1, -1, dtype=jnp.int32)
+            reach_BxL = jnp.minimum(reach_BxL, behind_L[None, :])
+        reach_BxL = _padded(reach_BxL, 1)
+        bias = None if bias is None else bias._replace(times=_padded(bias.times, 1))
+    given = _Given(*bounds(reach_BxL, direction), bias)
     # As if it depended on the keys. In a scan over blocks of the encoder, JAX computes ahead what is the same in each:
-    # the masks and buckets of all tiles, which are `L × L`.
+    # masks and buckets of all pairs, which are `L × L`.
     return jax.lax.optimization_barrier((given, k))[0]
 
 

@@ -201,6 +201,8 @@ def _put(whole: Array, part: Array, span: _Span) -> Array:
 
 
 def _add(whole: Array, part: Array, span: _Span) -> Array:
+    if isinstance(span.start, int):
+        return whole.at[:, :, span.start : span.start + span.size].add(part)
     return _put(whole, _cut(whole, span, 2) + part, span)
 
 

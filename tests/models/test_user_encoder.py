@@ -255,8 +255,9 @@ def test_what_is_kept_and_what_is_computed_again(scan_layers: bool):
     activation = ROWS * LENGTH * DIM
     # Inputs of the blocks and of the last norm; and numbers of an event: where it may look, its time.
     assert kept["block"] < (LAYERS + 3) * activation
-    # Of a block also query, key, value, means and what comes of them, and gate and up of 3 D each.
-    assert kept["block"] + LAYERS * 11 * activation <= kept["products"] < kept["none"]
+    # Of a block also query, key, value, means and what comes of them, gate and up of 3 D each, and the normaliser.
+    of_block = 11 * activation + ROWS * LENGTH * 2
+    assert kept["products"] == kept["block"] + LAYERS * of_block < kept["none"]
     assert products["products"] == products["none"] < products["block"]
 
 

@@ -129,7 +129,7 @@ def _instruction(line: str) -> Instruction | None:
     head = _HEAD.match(line)
     if head is None:
         return None
-    rest = re.sub(r"/\*.*?\*/", "", line[head.end() :])
+    rest = line[head.end() :]
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opcode, _, _ = rest[end:].lstrip().partition("(")
     opening = rest.index("(", end)

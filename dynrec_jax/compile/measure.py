@@ -157,8 +157,7 @@ def memory_numbers(compiled: Compiled, memory: int) -> dict[str, Any]:
 def refused_bytes(reason: str) -> int:
     """The memory that a program needs, of the compiler's message that it does not fit; 0 where it does not tell.
 
-    >>> refused_bytes("Ran out of memory in memory space hbm. Used 1.50G of 15.75G hbm. Exceeded …")
-    1610612736
+    The message says "Used 16.5G of 15.75G hbm" or "HLO temporaries (16.5G) exceeds available HBM", by its stage.
     """
     found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)", reason)
     return int(float(found[1]) * UNITS[found[2]]) if found else 0
@@ -168,7 +167,7 @@ def seconds(flops: float, accessed: float, sent: Traffic, target: Target, dtype:
     """Expected seconds of one execution, from stated peaks, and what they are made of.
 
     Products and memory overlap, so the slower of the two counts; the networks are taken not to overlap with them. No
-    program reaches all of a peak: this is what would be left if it did.
+    program reaches all of a peak, and nothing is counted for the time until a message arrives: it takes longer.
     """
     machine = target.machine
     products = stated_peak(machine.kind, dtype) or float("inf")

@@ -104,10 +104,17 @@ def measure_step(config: ml_collections.ConfigDict, target: Target) -> dict[str,
 
 
 def exchanged(plan: programs.Plan) -> dict[str, Any]:
-    """The exchange of rows: rows that a device sends another in each hop of a round, and rounds of a step."""
+    """The exchange of rows of a step.
+
+    `capacity` are the rows that a device sends each of its peers in the first hop of a round, `capacities` and `hops`
+    those of every hop and the peers there; `touched` the rows of its own that a device updates in a round, and `rounds`
+    how many a step is expected to take. All but `rounds` are 0 or empty on one device.
+    """
     found = plan.exchange
+    capacities = list(found.capacities) if found else []
     return {
-        "capacity": list(found.capacities) if found else [],
+        "capacity": capacities[0] if capacities else 0,
+        "capacities": capacities,
         "hops": list(found.sizes) if found else [],
         "touched": found.touched if found else 0,
         "rounds": plan.rounds,

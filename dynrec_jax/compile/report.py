@@ -18,6 +18,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, cells in rows(list(programs.values())):
         table.add_row(name, *cells)
     console.print(table)
+    if result["table"]["hops"]:
+        console.print(exchange(result["table"]), markup=False)
     for name, numbers in programs.items():
         console.print(f"largest arrays of {name}, beside arguments:")
         for each in numbers["largest_arrays"][:SHOWN]:
@@ -61,10 +63,16 @@ def title(result: dict[str, Any]) -> str:
     """What was compiled for what, and whether it fits."""
     slices = f" in {result['slices']} slices" if result["slices"] > 1 else ""
     fits = all(numbers["fits"] for numbers in columns(result).values())
-    return (
-        f"{result['items']:,} items, {result['batch_size']:,} histories a step, {result['topology']}: "
-        f"{result['devices']} devices{slices}; {'fits' if fits else 'DOES NOT FIT'}"
-    )
+    devices = f"{result['devices']} device{'s' if result['devices'] > 1 else ''}{slices}"
+    sizes = f"{result['items']:,} items, {result['batch_size']:,} histories a step"
+    return f"{sizes}, {result['topology']}: {devices}; {'fits' if fits else 'DOES NOT FIT'}"
+
+
+def exchange(table: dict[str, Any]) -> str:
+    """How devices exchange table rows, in one line."""
+    hops = zip(table["capacities"], table["hops"], strict=True)
+    sent = ", then ".join(f"{capacity:,} to each of {devices} devices" for capacity, devices in hops)
+    return f"table rows go in rounds of {sent}; {table['rounds']:.2f} rounds a step expected for Zipf-1.0 ids"
 
 
 def rows(programs: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -80,7 +88,7 @@ def rows(programs: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         ("memory: code", [size(p["code_bytes"]) for p in programs]),
         ("memory: at the peak", [size(p["peak_bytes"]) for p in programs]),
         ("memory: room left", [size(p["room_bytes"]) for p in programs]),
-        ("products", [_scaled(p["flops"], "FLOP") for p in programs]),
+        ("products", [scaled(p["flops"], "FLOP") for p in programs]),
         ("memory read and written", [size(p["accessed_bytes"]) for p in programs]),
     ]
     for where in ("within", "between"):
@@ -103,7 +111,8 @@ def size(number: float) -> str:
     return f"{number:,.1f} TiB"
 
 
-def _scaled(number: float, unit: str) -> str:
+def scaled(number: float, unit: str) -> str:
+    """A large number for people: `scaled(2.5e9, "FLOP")` is "2.5 GFLOP"."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if number < 1000:
             return f"{number:.3g} {prefix}{unit}"

@@ -86,6 +86,8 @@ def open_target(text: str, slices: int) -> Target:
       MachineError: the TPU compiler does not start.
     """
     family, shape = parse_topology(text, slices)
+    # Of a program that comes out of a cache nothing would be dumped.
+    jax.config.update("jax_enable_compilation_cache", False)
     if jax.config.values["jax_platforms"] != "cpu":
         jax.config.update("jax_platforms", "cpu")
     if family in TPUS:

@@ -1,4 +1,4 @@
-"""Operations of products, counted by hand and against `train.flops`."""
+"""Operations of products, counted by hand; `test_verb` has those of a whole step against `train.flops`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,6 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dynrec_jax.compile.flops import product_flops
-from dynrec_jax.models.user_encoder import moments
-from dynrec_jax.train.flops import training_cost
 
 from .. import tiny
 
@@ -89,14 +87,3 @@ def test_outside_of_shard_map_devices_share_and_inside_shapes_are_one_device_s()
         assert counted(sharded({"slice", "data", "fsdp", "tensor"}), x, y, devices=8) == 2 * 2 * 16 * 8
         # Along "tensor" the compiler may still cut what is inside.
         assert counted(sharded({"data"}), x, y, devices=8) == 2 * 2 * 16 * 8 / 2
-
-
-def test_a_small_model_costs_what_its_settings_say():
-    """One window without padding; the traced program computes both halves of the attention, n x n pairs."""
-    model, params, _ = tiny.bstm(25, model__layers=2, model__backward_weight=0.0)
-    events = 5
-    at = moments(jnp.ones((1, events), jnp.int32))
-    rows = jnp.zeros((1, events, model.abra.dim))
-    own = counted(model.user_vectors, params, rows, at)
-    scores = 3 * 2 * model.abra.dim * 25 * events
-    assert 3 * own == training_cost(model, params, 6).of(events, events**2) - scores

@@ -76,6 +76,7 @@ def found(read: hlo.Module) -> int | None:
     ("changes", "times"),
     [
         ({}, 6),  # 2, 5, 8, 11, 14, 17
+        ({"LIMIT": "constant(21)"}, 7),  # and 20
         ({"LIMIT": "constant(2)"}, 0),
         ({"LIMIT": "get-tuple-element(%p.2), index=2"}, 6),
         ({"STEP": "fusion(%i, %stride), kind=kLoop, calls=%add_fused"}, 6),

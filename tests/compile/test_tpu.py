@@ -1,6 +1,8 @@
 """Programs compiled for TPUs by their own compiler: no TPU is needed, libtpu is."""
 
 import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dynrec_jax import cli
 from dynrec_jax.compile.measure import Program, measure
 from dynrec_jax.compile.topology import open_target
+
+from ..commands import experiment
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
@@ -91,3 +96,22 @@ def test_a_program_that_is_too_large_does_not_fit_and_has_numbers_all_the_same()
     )
     assert "RESOURCE_EXHAUSTED" in found["reason"]
     assert found["collective_bytes"]["within"]["all-reduce"] > 0
+
+
+@pytest.mark.slow
+def test_the_whole_verb_on_two_slices(tmp_path):
+    """All programs of a small plan: what goes between slices is handed to the hosts, and no table is held twice."""
+    out, rows, chips = tmp_path / "plan.json", 768, 4
+    keys = {"data__items": 600, "loss__kind": "sampled", "model__backward_weight": 0.0}
+    settings = experiment(tmp_path / "x.py", Path(), **keys)
+    flags = [f"--config={settings}", "--topology=v5e:2x2", "--slices=2", f"--out={out}"]
+    assert cli.main(["compile", *flags]) == 0
+    plan = json.loads(out.read_text())
+    assert (plan["devices"], plan["slices"], plan["mesh"]["slice"]) == (2 * chips, 2, 2)
+    for each in (plan, plan["table"], plan["score"]["encode"], plan["score"]["rank"]):
+        assert each["fits"]
+        assert each["loops_counted_once"] == []
+        assert f"f32[{rows // chips},8]" not in [array["shape"] for array in each["largest_arrays"]]
+        assert each["collective_bytes"]["between"].keys() <= {"send"}
+    assert plan["table"]["collective_bytes"]["between"]["send"] > 0
+    assert plan["table"]["collective_bytes"]["within"]["all-to-all"] > 0

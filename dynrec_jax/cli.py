@@ -15,6 +15,7 @@ from absl import flags
 
 from dynrec_jax.allocator import restart_with_kept_memory
 from dynrec_jax.errors import ConfigError, one_line, report_errors
+from dynrec_jax.libtpu import hush_without_chips
 from dynrec_jax.parallel.processes import COUNT, several
 
 VERBS = {
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status. Without `arguments` it is the console script."""
     if arguments is None and len(sys.argv) > 1 and sys.argv[1] in HEAVY:
         restart_with_kept_memory()
+    hush_without_chips()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if several():
         _leave(given)

@@ -5,15 +5,14 @@ CPU devices: it is partitioned as for GPUs, and memory and collectives are as th
 """
 
 import contextlib
-import importlib.util
 import os
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 
+from dynrec_jax import libtpu
 from dynrec_jax.compile.machines import ASSUMED_GPU, GPU_SHARE, GPUS, TPUS, Machine
 from dynrec_jax.errors import ConfigError, MachineError, one_line
 
@@ -22,15 +21,6 @@ KNOWN = (
     "v5e:2x2, 2x4, 4x4, 16x16, v5p:2x2x1, 4x8x8, v6e:2x4, 16x16, v4:4x4x4, tpu7x:2x2x1, h100:8, a100:16, or 8"
 )
 MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-# libtpu asks a metadata server who it is, and tells at length that there is none, unless these say so; and it loads in
-# one process of a machine alone, since TPUs have one owner, which nobody needs to be who only compiles.
-QUIET = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_LOG_DIR": "disabled",
-}
 
 
 class Target(NamedTuple):
@@ -107,7 +97,7 @@ def _gpu_share() -> float:
 
 
 def _tpu_devices(text: str, family: str, shape: str, slices: int) -> list[jax.Device]:
-    if importlib.util.find_spec("libtpu") is None:
+    if not libtpu.installed():
         raise ConfigError(
             f"--topology={text}: the TPU compiler, libtpu, is not installed; pip install 'dynrec-jax[tpu]'"
         )
@@ -117,7 +107,7 @@ def _tpu_devices(text: str, family: str, shape: str, slices: int) -> list[jax.De
     if family == "v4":
         options["chip_config_name"] = "megacore"  # one device a chip, as JAX sees them there
     try:
-        with _quiet():
+        with libtpu.quiet():
             described = topologies.get_topology_desc(
                 platform="tpu", topology_name=f"{family}:{shape}", **options
             )
@@ -130,18 +120,6 @@ def _tpu_devices(text: str, family: str, shape: str, slices: int) -> list[jax.De
             f"--topology={text}: the TPU compiler knows no such topology ({reason}); known are {KNOWN}"
         ) from None
     return sorted(described.devices, key=lambda device: getattr(device, "slice_index", None) or 0)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """libtpu reads these variables once, when it is loaded; what the user has set stays."""
-    added = {name: value for name, value in QUIET.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
 
 
 def _simulated(count: int) -> list[jax.Device]:

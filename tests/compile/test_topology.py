@@ -70,7 +70,7 @@ def test_simulated_devices_stand_for_gpus(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_without_libtpu_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topology.libtpu, "installed", lambda: False)
     with pytest.raises(ConfigError, match=r"pip install 'dynrec-jax\[tpu\]'"):
         open_target("v5e:2x2", 1)
 
@@ -122,7 +122,7 @@ def test_a_fault_of_the_compiler_is_no_mistake_of_the_user(said: str, kind: type
     def fails(**_: object) -> None:
         raise jax.errors.JaxRuntimeError(said)
 
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(topology.libtpu, "installed", lambda: True)
     monkeypatch.setattr(topology.topologies, "get_topology_desc", fails)
     with pytest.raises(kind, match=said.partition(": ")[2]):
         open_target("v5e:2x2", 1)
@@ -137,7 +137,7 @@ def test_what_libtpu_is_told_is_taken_back(monkeypatch: pytest.MonkeyPatch):
         seen.update(topology.os.environ)
         return SimpleNamespace(devices=[])
 
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(topology.libtpu, "installed", lambda: True)
     monkeypatch.setattr(topology.topologies, "get_topology_desc", described)
     open_target("v5e:2x2", 1)
     assert (seen["TPU_WORKER_HOSTNAMES"], seen["TPU_SKIP_MDS_QUERY"]) == ("mine", "1")

@@ -9,7 +9,6 @@ import optax
 from dynrec_jax.parallel.rows import RowOptimizer, lazy_adam, rowwise_adagrad
 
 BETA1 = 0.9
-NO_DECAY = ("position", "direction")  # embeddings among the dense weights
 
 
 def make_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
@@ -30,7 +29,8 @@ def decay_mask(tree: Any) -> Any:
 
     def decays(path: tuple[Any, ...], leaf: Any) -> bool:
         names = [getattr(part, "key", getattr(part, "name", "")) for part in path]
-        return "params" in names and not any(name in NO_DECAY for name in names) and leaf.ndim >= 2
+        # By name, not by axes: a scan over blocks gives each leaf one more.
+        return "params" in names and names[-1] == "kernel"
 
     return jax.tree_util.tree_map_with_path(decays, tree)
 

@@ -69,7 +69,7 @@ PARTS = (
     ("projections", r"/attention/(query|key|value|out)/"),
     ("attention scores", r"/attention/"),
     ("norms", r"/(\w+_)?norm/"),
-    ("feed-forward", r"/(up|down|gate|silu|relu)/|/block_\d+/mul/"),
+    ("feed-forward", r"/(up|down|gate|silu|relu)/|/block(s|_\d+)/mul/"),
     ("softmax", r"/softmax/"),
     ("lookup", r"/lookup/"),
     ("optimiser", r"/optimizer/"),

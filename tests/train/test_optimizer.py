@@ -49,6 +49,14 @@ def test_only_matrices_of_the_encoder_decay():
         assert decaying == {f"params/user/block_0/{name}/kernel" for name in matrices}
 
 
+def test_the_same_matrices_decay_where_blocks_are_stacked():
+    _, params, _ = tiny.bstm(20, model__layers=3, model__scan_layers=True)
+    found = jax.tree_util.tree_leaves_with_path(decay_mask({"params": params}))
+    names = [(jax.tree_util.keystr(path, simple=True, separator="/"), decays) for path, decays in found]
+    assert all(decays == name.endswith("/kernel") for name, decays in names)
+    assert sum(decays for _, decays in names) == 14, "seven of the stack, seven of the last block"
+
+
 def test_decay_pulls_matrices_to_zero_without_a_gradient():
     c = tiny.config(train__weight_decay=0.5, train__warmup=0.0, train__learning_rate=0.1)
     tx = make_optimizer(c)

@@ -78,9 +78,8 @@ def default_config() -> ml_collections.ConfigDict:
     # over them, generalised so that few negatives do not make a model too sure of itself ("gbce").
     c.loss.kind = "full"
     c.loss.block_items = 8192  # catalogue rows that a device scores at a time
-    c.loss.block_positions = (
-        512  # positions that the devices of a slice score at a time, one of each at least
-    )
+    # Positions that are scored at a time: of a slice, one of each device at least ("full"); of a device (the others).
+    c.loss.block_positions = 512
     c.loss.negatives = 512  # negatives that a batch shares
     # Where negatives come from: all items alike; training counts ("popularity"); events of the batch ("in_batch"); or
     # both, so that items that no batch has are seen too ("mixed").

@@ -14,15 +14,14 @@ from dynrec_jax.negatives import Negatives
 from dynrec_jax.parallel import stream
 from dynrec_jax.parallel.blocks import (
     EVERYWHERE,
-    POSITIONS,
     TWIN_AXES,
-    WHOLE,
     Blocks,
     Devices,
     join_positions,
     on_devices,
     split_positions,
 )
+from dynrec_jax.parallel.rules import BATCH, WHOLE
 
 Array = jax.Array
 
@@ -34,7 +33,7 @@ class Positions(NamedTuple):
       query: float[P, D], what is scored.
       vector: float[P, D], the target's item vector.
       target: int32[P], the target's index.
-      weight: float[P], 1 for real positions, 0 for what fills up a device's part.
+      weight: float[P], of each position in the sum; 0 for what fills up a device's part.
       number: int32[n], how many real positions each of the n devices has; int32[1] on a single one.
     """
 
@@ -46,25 +45,26 @@ class Positions(NamedTuple):
 
 
 def gather_positions(
-    query_BxLxD: Array, vector_BxLxD: Array, target_BxL: Array, valid_BxL: Array
+    query_BxLxD: Array, vector_BxLxD: Array, target_BxL: Array, weight_BxL: Array
 ) -> Positions:
-    """Brings the positions of `valid` to the front, so that a loss spends nothing on padding."""
-    place_P, weight_P, number = on_devices(_places, (POSITIONS,), POSITIONS, valid_BxL)
+    """Brings the positions whose weight is not 0 to the front, so that a loss spends nothing on padding."""
+    place_P, weight_P, number = on_devices(_places, (BATCH,), BATCH, weight_BxL)
     return Positions(
         query=_take(query_BxLxD, place_P),
         vector=_take(vector_BxLxD, place_P),
-        target=on_devices(_taken, (POSITIONS, POSITIONS), POSITIONS, target_BxL, place_P),
+        target=on_devices(_taken, (BATCH, BATCH), BATCH, target_BxL, place_P),
         weight=weight_P,
         number=number,
     )
 
 
-def _places(_: Devices, valid_BxL: Array) -> tuple[Array, Array, Array]:
-    """Where a device's valid positions are, int32[P], the weight of each place, and how many there are."""
-    size = valid_BxL.size
-    (place_P,) = jnp.nonzero(valid_BxL.reshape(-1), size=size, fill_value=0)
-    number = jnp.sum(valid_BxL, dtype=jnp.int32)
-    return place_P, (jnp.arange(size) < number).astype(jnp.float32), number[None]
+def _places(_: Devices, weight_BxL: Array) -> tuple[Array, Array, Array]:
+    """Where a device's positions are, int32[P], the weight of each, and how many of them are real."""
+    weight_P = weight_BxL.reshape(-1).astype(jnp.float32)
+    size = weight_P.shape[0]
+    (place_P,) = jnp.nonzero(weight_P, size=size, fill_value=0)
+    number = jnp.sum(weight_P != 0, dtype=jnp.int32)
+    return place_P, jnp.where(jnp.arange(size) < number, weight_P[place_P], 0.0), number[None]
 
 
 def _taken(_: Devices, x: Array, place_P: Array) -> Array:
@@ -74,7 +74,7 @@ def _taken(_: Devices, x: Array, place_P: Array) -> Array:
 @jax.custom_vjp
 def _take(x_BxLxD: Array, place_P: Array) -> Array:
     """Positions `[P, D]`. Its own rule, because devices that hold the same ones need not add up their gradients."""
-    return on_devices(_taken, (POSITIONS, POSITIONS), POSITIONS, x_BxLxD, place_P)
+    return on_devices(_taken, (BATCH, BATCH), BATCH, x_BxLxD, place_P)
 
 
 def _take_forward(x_BxLxD: Array, place_P: Array) -> tuple[Array, Any]:
@@ -87,7 +87,7 @@ def _take_backward(saved: Any, g_PxD: Array) -> tuple[Array, None]:
     def put_back(_: Devices, g_PxD: Array, place_P: Array) -> Array:
         return jnp.zeros_like(g_PxD).at[place_P].add(g_PxD).reshape(-1, *like.shape[1:])
 
-    return on_devices(put_back, (POSITIONS, POSITIONS), POSITIONS, g_PxD, place_P), None
+    return on_devices(put_back, (BATCH, BATCH), BATCH, g_PxD, place_P), None
 
 
 _take.defvjp(_take_forward, _take_backward)
@@ -193,8 +193,8 @@ def _sampled_forward(
 ) -> tuple[Array, Any]:
     total, du_PxD, dt_P, dv_KxD = on_devices(
         functools.partial(_sampled_gradients, rule),
-        (*(POSITIONS,) * 2, WHOLE, *(POSITIONS,) * 3, WHOLE, WHOLE),
-        (WHOLE, POSITIONS, POSITIONS, WHOLE),
+        (*(BATCH,) * 2, WHOLE, *(BATCH,) * 3, WHOLE, WHOLE),
+        (WHOLE, BATCH, BATCH, WHOLE),
         *(u, v, v_KxD, *places, *negatives),
     )
     return total, (du_PxD, dt_P, dv_KxD, u, v[:0], v_KxD[:0])

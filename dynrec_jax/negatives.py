@@ -13,9 +13,9 @@ import ml_collections
 import numpy as np
 
 from dynrec_jax.batch import PAD, Batch
-from dynrec_jax.parallel.blocks import POSITIONS, ROWS, WHOLE, Devices, on_devices
+from dynrec_jax.parallel.blocks import Devices, on_devices
 from dynrec_jax.parallel.counters import token_bits, token_counters
-from dynrec_jax.parallel.rules import BATCH_AXES, ITEM_AXES
+from dynrec_jax.parallel.rules import BATCH, BATCH_AXES, ITEM_AXES, ROWS, WHOLE
 from dynrec_jax.parallel.table import ids_of, in_rows, rows_of
 
 Array = jax.Array
@@ -74,7 +74,8 @@ def running_counts(counts: np.ndarray, rows: int) -> np.ndarray:
       counts: int64[N + 1], training events of each item.
       rows: R, of the item table; the sums lie as its rows do.
     """
-    counts = np.maximum(counts // (counts.sum() // 2**30 + 1), 1)
+    room = MOST - len(counts)  # beside the one that each item has at least
+    counts = np.maximum(counts // (counts.sum() // room + 1), 1)
     counts[PAD] = 0
     return np.cumsum(in_rows(counts, rows)).astype(np.int32)
 
@@ -160,5 +161,5 @@ def _events(key: Array, batch: Batch, number: int) -> Array:
         ids = jnp.where(ids == MOST, PAD, ids)
         return jnp.pad(ids, (0, number - ids.shape[0]))
 
-    specs = (WHOLE, POSITIONS, POSITIONS, POSITIONS)
+    specs = (WHOLE, BATCH, BATCH, BATCH)
     return on_devices(inside, specs, WHOLE, key, batch.items, batch.segments, batch.positions)

@@ -170,7 +170,9 @@ def seconds(flops: float, accessed: float, sent: Traffic, target: Target, dtype:
     program reaches all of a peak, and nothing is counted for the time until a message arrives: it takes longer.
     """
     machine = target.machine
-    products = stated_peak(machine.kind, dtype) or float("inf")
+    products = stated_peak(machine.kind, dtype)
+    if products is None:
+        raise ValueError(f"{machine.kind}: no peak of products is stated for it")
     terms = {
         "compute": flops / products,
         "memory": accessed / machine.memory_rate,

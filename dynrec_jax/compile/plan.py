@@ -13,6 +13,7 @@ from dynrec_jax.data.dataset import open_dataset
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.mesh import check_model, make_mesh
 from dynrec_jax.parallel.table import rows_for
+from dynrec_jax.train.loop import model_widths
 from dynrec_jax.train.progress import Progress
 from dynrec_jax.train.state import check_tables
 
@@ -58,7 +59,7 @@ def make_target_mesh(config: ml_collections.ConfigDict, target: Target, items: i
             f"config.mesh.slices: {m.slices}, and --slices={target.slices}; give the same, or 0"
         )
     mesh = make_mesh(m.data, m.fsdp, m.tensor, target.slices, m.tables, target.devices)
-    check_model(mesh, rows_for(items), config.model.dim, config.model.heads)
+    check_model(mesh, rows_for(items), *model_widths(config))
     return mesh
 
 
@@ -81,6 +82,9 @@ def plan_run(config: ml_collections.ConfigDict, target: Target, progress: Progre
         "encode": encode,
         "rank": rank,
     }
+    held = programs.held_beside_lists(plan)
+    most = max(encode["peak_bytes"], rank["peak_bytes"]) + held
+    evaluation = {**lists, "fits": lists["fits"] and most <= target.memory, "held_bytes": held}
     return {
         "topology": target.name,
         "slices": target.slices,
@@ -89,9 +93,11 @@ def plan_run(config: ml_collections.ConfigDict, target: Target, progress: Progre
         "items": plan.items,
         "batch_size": config.train.batch_size,
         **numbers["train step"],
+        "fits": numbers["train step"]["fits"] and evaluation["fits"],
+        "step_fits": numbers["train step"]["fits"],
         "table": {**numbers["table part"], **exchanged(plan)},
         # Both make lists by the same two programs.
-        "evaluate": lists,
+        "evaluate": evaluation,
         "score": lists,
         "note": SIMULATED if target.simulated else COMPILED,
     }

@@ -18,7 +18,7 @@ from dynrec_jax.models.item_encoder import ID_TABLE
 from dynrec_jax.parallel import capacity
 from dynrec_jax.parallel.blocks import PEER_AXES, TWIN_AXES
 from dynrec_jax.parallel.exchange import Exchange
-from dynrec_jax.parallel.mesh import row_pieces
+from dynrec_jax.parallel.mesh import row_pieces, table_devices
 from dynrec_jax.parallel.rules import sharding
 from dynrec_jax.parallel.table import rows_for, rows_of
 from dynrec_jax.train.loop import step_arguments
@@ -77,6 +77,13 @@ def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan
     return plan._replace(exchange=exchange, rounds=rounds)
 
 
+def held_beside_lists(plan: Plan) -> int:
+    """Bytes of a device that a run holds while it evaluates: the optimizers' state, and vectors that are no table."""
+    kept = plan.state.opt_state, plan.state.row_state
+    leaves = jax.tree.leaves(kept if plan.model.table_is_catalogue else (kept, plan.state.tables))
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
 def step_program(plan: Plan) -> Program:
     """The training step."""
     fixed = step_arguments(plan.config, plan.model, plan.mesh, plan.exchange)
@@ -124,7 +131,7 @@ def lookup_rounds(plan: Plan, shape: tuple[int, int]) -> float:
     if plan.mesh.size == 1:
         return 1.0
     exchange = capacity.default(plan.mesh, math.prod(shape))
-    rows, devices = rows_for(plan.items), capacity.owners(plan.mesh)
+    rows, devices = rows_for(plan.items), table_devices(plan.mesh)
     each = -(-math.prod(shape) // plan.mesh.size)
     drawn = capacity.zipf(np.random.default_rng(0), plan.items, (devices, each))
     # A lookup updates nothing, so that no owner has too much to update.

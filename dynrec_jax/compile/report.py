@@ -52,7 +52,7 @@ def show_search(found: list[dict[str, Any]], console: Console) -> None:
 def columns(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The numbers of each program by its name."""
     return {
-        "train step": result,
+        "train step": {**result, "fits": result["step_fits"]},
         "table part": result["table"],
         "encode": result["score"]["encode"],
         "rank": result["score"]["rank"],
@@ -62,10 +62,9 @@ def columns(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def title(result: dict[str, Any]) -> str:
     """What was compiled for what, and whether it fits."""
     slices = f" in {result['slices']} slices" if result["slices"] > 1 else ""
-    fits = all(numbers["fits"] for numbers in columns(result).values())
     devices = f"{result['devices']} device{'s' if result['devices'] > 1 else ''}{slices}"
     sizes = f"{result['items']:,} items, {result['batch_size']:,} histories a step"
-    return f"{sizes}, {result['topology']}: {devices}; {'fits' if fits else 'DOES NOT FIT'}"
+    return f"{sizes}, {result['topology']}: {devices}; {'fits' if result['fits'] else 'DOES NOT FIT'}"
 
 
 def exchange(table: dict[str, Any]) -> str:

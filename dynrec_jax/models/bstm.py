@@ -119,38 +119,38 @@ class Bstm:
     def loss(
         self, params: Any, rows: Rows, batch: Batch, negatives: Negatives | None, key: Array
     ) -> tuple[Array, Array]:
-        """Weighted sum of both traversals' losses over all targets, and the number of (forward) targets."""
-        table = None if rows.catalogue is None else self.item_vectors(params, rows.catalogue)
-        forward_key, backward_key = jax.random.split(key)
-        total = jnp.float32(0)
-        if self.forward_weight:
-            part = self._traverse(params, rows, batch, "forward", table, negatives, forward_key)
-            total = total + self.forward_weight * part
-        if self.backward_weight:
-            part = self._traverse(params, rows, batch, "backward", table, negatives, backward_key)
-            total = total + self.backward_weight * part
-        return total, jnp.sum(_pairs(batch), dtype=jnp.float32)
+        """Weighted sum of both traversals' losses over all targets, and the number of (forward) targets.
+
+        Both are scored together, so that the catalogue has one gradient and not one for each traversal.
+        """
+        weights: dict[Direction, float] = {"forward": self.forward_weight, "backward": self.backward_weight}
+        keys = dict(zip(weights, jax.random.split(key), strict=True))
+        read = [
+            self._traverse(params, rows, batch, direction, weight, keys[direction])
+            for direction, weight in weights.items()
+            if weight
+        ]
+        at = losses.gather_positions(*(jnp.concatenate(parts, axis=1) for parts in zip(*read, strict=True)))
+        return self._scored(params, rows, at, negatives), jnp.sum(_pairs(batch), dtype=jnp.float32)
 
     def _traverse(
-        self,
-        params: Any,
-        rows: Rows,
-        batch: Batch,
-        direction: Direction,
-        table: Array | None,
-        negatives: Negatives | None,
-        key: Array,
-    ) -> Array:
+        self, params: Any, rows: Rows, batch: Batch, direction: Direction, weight: float, key: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """Of each position of a traversal: the user's vector, the target's vector and index, and its weight."""
         early, late = slice(None, -1), slice(1, None)
         read, predict = (early, late) if direction == "forward" else (late, early)
         positions = batch.positions if direction == "forward" else batch.remaining
         moment = Moments(batch.segments[:, read], positions[:, read])
         u_BxLxD = self.user_vectors(params, rows.items[:, read], moment, direction, key)
         vector_BxLxD = self.item_vectors(params, rows.items[:, predict])
-        at = losses.gather_positions(u_BxLxD, vector_BxLxD, batch.items[:, predict], _pairs(batch))
-        if table is not None:
-            at = at._replace(query=self.abra.query(at.query, table, at.number))
-            return losses.full_softmax(at, table, self.abra.blocks, self.dtype)
+        return u_BxLxD, vector_BxLxD, batch.items[:, predict], jnp.where(_pairs(batch), weight, 0.0)
+
+    def _scored(self, params: Any, rows: Rows, at: losses.Positions, negatives: Negatives | None) -> Array:
+        """The loss of some positions."""
+        if rows.catalogue is not None:
+            table_RxD = self.item_vectors(params, rows.catalogue)
+            at = at._replace(query=self.abra.query(at.query, table_RxD, at.number))
+            return losses.full_softmax(at, table_RxD, self.abra.blocks, self.dtype)
         if rows.negatives is None or negatives is None:
             raise ValueError(
                 "a sampled loss needs rows.negatives and their ids; a full one needs rows.catalogue"

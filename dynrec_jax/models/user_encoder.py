@@ -85,6 +85,8 @@ class UserEncoder(nn.Module):
             "position", named(small, ("length", "embed")), (self.max_length, dim), jnp.float32
         )
         direction_2xD = self.param("direction", named(small, (None, "embed")), (2, dim), jnp.float32)
+        # Whole on each device: looked up where its features lie apart, the result would have to be put together.
+        position_LxD = constrain(position_LxD, None, None)
         x_BxLxD = x_BxLxD.astype(jnp.float32) + jnp.take(position_LxD, at.positions, axis=0, mode="clip")
         x_BxLxD = x_BxLxD + direction_2xD[0 if direction == "forward" else 1].reshape(1, 1, dim)
         counters_BxL = token_counters(at.segments, at.positions)

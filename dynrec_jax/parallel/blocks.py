@@ -6,20 +6,17 @@ device scores them against its own rows, and the partial results are combined an
 more than one block of other devices' positions.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from dynrec_jax.parallel.rules import BATCH_AXES, ITEM_AXES
 from dynrec_jax.parallel.table import STRIPED_FROM, ids_of
 
 Array = jax.Array
 
-POSITIONS, ROWS, WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec(ITEM_AXES), PartitionSpec()
 PEER_AXES = tuple(axis for axis in ITEM_AXES if axis in BATCH_AXES)  # devices of a slice with other positions
 TWIN_AXES = tuple(axis for axis in ITEM_AXES if axis not in BATCH_AXES)  # with the same ones
 SLICE_AXES = tuple(axis for axis in BATCH_AXES if axis not in ITEM_AXES)  # with replicas of the catalogue
@@ -106,12 +103,6 @@ def on_devices(function: Callable[..., Any], in_specs: Any, out_specs: Any, *arg
         return function(Devices(True), *parts)
 
     return jax.shard_map(inside, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)
-
-
-def batch_devices() -> int:
-    """Over how many devices of the mesh that is set positions lie."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def split_positions(x: Array, size: int) -> Array:

@@ -12,16 +12,11 @@ import jax
 import numpy as np
 
 from dynrec_jax.parallel.exchange import Exchange
-from dynrec_jax.parallel.rules import ITEM_AXES
+from dynrec_jax.parallel.mesh import table_devices
 
 TWO_HOPS_FROM = 16  # owners on a torus
 ROOM = 1.03  # beyond the most that the sample needed
 MULTIPLE = 4
-
-
-def owners(mesh: Any) -> int:
-    """Over how many devices the rows of a table lie."""
-    return math.prod(mesh.shape[axis] for axis in ITEM_AXES)
 
 
 def hops(devices: int, torus: bool) -> tuple[int, ...]:
@@ -72,7 +67,7 @@ def rounds(need: list[int], exchange: Exchange) -> int:
 
 def default(mesh: Any, ids: int) -> Exchange:
     """Sizes for a number of ids of all devices together, spread evenly: where nothing is known of them."""
-    count = owners(mesh)
+    count = table_devices(mesh)
     each = -(-ids // mesh.size)
     sizes = hops(count, torus=False)
     room = min(each, 2 * -(-each // count) + 16)

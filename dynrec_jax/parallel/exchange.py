@@ -93,6 +93,12 @@ def distinct(row_M: Array, none: int) -> tuple[Array, Array]:
     return list_M, jnp.zeros_like(group_M).at[order_M].set(group_M)
 
 
+def merge(row_M: Array, gradient_MxD: Array, none: int) -> tuple[Array, Array]:
+    """Sums gradients of the same row: rows int32[M] without repetition, ascending, `none` behind; and their sums."""
+    list_M, place_M = distinct(row_M, none)
+    return list_M, jax.ops.segment_sum(gradient_MxD, place_M, num_segments=list_M.shape[0])
+
+
 def gather_rows(table_RxD: Array, row_M: Array, exchange: Exchange) -> Array:
     """Rows of the whole table by their numbers, [M, D]; `table` is this device's piece, [R / n, D]."""
     held, dim = table_RxD.shape
@@ -133,9 +139,7 @@ class Delivery(NamedTuple):
     @classmethod
     def of(cls, row_M: Array, gradient_MxD: Array, held: int, exchange: Exchange) -> "Delivery":
         """Adds up what this device has of each row; the row `held · owners` stands for none."""
-        list_M, place_M = distinct(row_M, held * math.prod(exchange.sizes))
-        sum_MxD = jax.ops.segment_sum(gradient_MxD, place_M, num_segments=list_M.shape[0])
-        return cls(list_M, sum_MxD, held, exchange)
+        return cls(*merge(row_M, gradient_MxD, held * math.prod(exchange.sizes)), held, exchange)
 
     @property
     def all_open(self) -> Array:
@@ -164,10 +168,19 @@ class Delivery(NamedTuple):
         own_T = jnp.where(row_T <= way.bound, row_T - _me() * self.held, self.held)
         own_T = jnp.minimum(own_T, self.held)
         if across:
-            row_T, g_TxD = (jax.lax.all_gather(x, across, tiled=True) for x in (own_T, g_TxD))
-            own_T, place_T = distinct(row_T, self.held)
-            g_TxD = jax.ops.segment_sum(g_TxD, place_T, num_segments=own_T.shape[0])
+            own_T, g_TxD = self._of_all_replicas(own_T, g_TxD, across)
         return own_T, g_TxD, open_M & ~way.done_M
+
+    def _of_all_replicas(self, own_T: Array, g_TxD: Array, across: Sequence[str]) -> tuple[Array, Array]:
+        """What the replicas of this device's rows were sent, merged by row; bit for bit the same in all of them."""
+        row_SxT, g_SxTxD = (jax.lax.all_gather(x, across) for x in (own_T, g_TxD))
+        list_T, place_T = distinct(row_SxT.reshape(-1), self.held)
+        place_SxT = jnp.where(row_SxT < self.held, place_T.reshape(row_SxT.shape), list_T.shape[0])
+        # One replica after the other: each names a row once, so nothing depends on the order within one.
+        sum_TxD = jnp.zeros((list_T.shape[0], g_TxD.shape[1]), g_TxD.dtype)
+        for part_T, part_TxD in zip(place_SxT, g_SxTxD, strict=True):
+            sum_TxD = sum_TxD.at[part_T].add(part_TxD, mode="drop")
+        return list_T, sum_TxD
 
 
 def anything_open(open_M: Array, across: Sequence[str] = ()) -> Array:

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.rules import ITEM_AXES, sharding
 
 AXES = ("slice", "data", "fsdp", "tensor")
+SUMMED = 2**20  # counts that processes add up at a time
 
 
 def make_mesh(
@@ -100,22 +101,29 @@ def usable_mesh(rows: int) -> Mesh:
     return _mesh(np.array(devices).reshape(1, -1, 1, 1))
 
 
-def table_devices(mesh: Mesh) -> int:
+def table_devices(mesh: Mesh | AbstractMesh) -> int:
     """Over how many devices the rows of an item table lie."""
     return math.prod(mesh.shape[axis] for axis in ITEM_AXES)
 
 
-def check_model(mesh: Mesh, rows: int, dim: int, heads: int) -> None:
+def check_model(mesh: Mesh, rows: int, dim: int, heads: int, hidden: int) -> None:
     """Raises ConfigError where a model does not divide over a mesh."""
     holders = table_devices(mesh)
     if rows % holders:
+        most = math.gcd(rows, 2**16)
         raise ConfigError(
-            f"config.mesh: item tables of {rows} rows do not divide over {holders} devices; use a power of two"
+            f"config.mesh: item tables of {rows} rows do not divide over {holders} devices; use a power of two up to "
+            f"{most}, on several slices perhaps with mesh.tables=slice"
         )
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     if heads % tensor:
         raise ConfigError(
             f"config.mesh.tensor: {tensor} does not divide model.heads={heads}; choose one that does"
+        )
+    if hidden % tensor:
+        raise ConfigError(
+            f"config.mesh.tensor: {tensor} does not divide the {hidden} hidden units that model.feedforward gives; "
+            "choose one that does"
         )
     if dim % fsdp:
         raise ConfigError(f"config.mesh.fsdp: {fsdp} does not divide model.dim={dim}; choose one that does")
@@ -146,7 +154,7 @@ class Feed(NamedTuple):
     lead: bool = True
 
 
-def row_pieces(mesh: Mesh) -> int:
+def row_pieces(mesh: Mesh | AbstractMesh) -> int:
     """Over how many devices the rows of a batch lie; those along the tensor axis hold the same rows."""
     return math.prod(mesh.shape[axis] for axis in AXES if axis != "tensor")
 
@@ -196,11 +204,20 @@ def place_same(where: NamedSharding, x: np.ndarray) -> jax.Array:
 
 
 def sum_of_parts(mesh: Mesh, own: Feed, counts: np.ndarray) -> np.ndarray:
-    """Adds up int64 counts (of any shape, less than 2^48) that the parts of a batch have; all processes get the sum."""
+    """Adds up int64 counts (of any shape, less than 2^48) that the parts of a batch have; all processes get the sum.
+
+    In pieces, since every device gets the whole of one.
+    """
     if own.parts == 1:
         return counts
-    spread, whole = sharding(mesh, "batch", None, *(None,) * counts.ndim), sharding(mesh)
-    halves = np.zeros((own.pieces, 2, *counts.shape), np.uint32)  # JAX counts in 32 bits
+    flat = counts.reshape(-1)
+    pieces = [_sum_of_parts(mesh, own, flat[start : start + SUMMED]) for start in range(0, flat.size, SUMMED)]
+    return np.concatenate(pieces).reshape(counts.shape)
+
+
+def _sum_of_parts(mesh: Mesh, own: Feed, counts: np.ndarray) -> np.ndarray:
+    spread, whole = sharding(mesh, "batch", None, None), sharding(mesh)
+    halves = np.zeros((own.pieces, 2, counts.size), np.uint32)  # JAX counts in 32 bits
     halves[0] = counts & 0xFFFF, counts >> 16
     total = _sum(whole)(jax.make_array_from_process_local_data(spread, halves))
     low, high = np.asarray(total).astype(np.int64)

@@ -7,13 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from dynrec_jax.parallel.blocks import (
-    POSITIONS,
-    ROWS,
     SLICE_AXES,
     TWIN_AXES,
     Blocks,
     Devices,
-    batch_devices,
     in_loop,
     join_positions,
     normaliser,
@@ -23,6 +20,8 @@ from dynrec_jax.parallel.blocks import (
     split_positions,
     tiles,
 )
+from dynrec_jax.parallel.mesh import row_pieces
+from dynrec_jax.parallel.rules import BATCH, ROWS
 
 Array = jax.Array
 
@@ -37,7 +36,8 @@ def mixture(u_PxD: Array, table_RxD: Array, blocks: Blocks, count: Array | None 
       count: int32[n], how many positions each of the n devices has, the first of those that it holds; blocks behind
         them cost nothing and their mixture is 0. None: all.
     """
-    number, pieces = u_PxD.shape[0], batch_devices()
+    mesh = jax.sharding.get_abstract_mesh()
+    number, pieces = u_PxD.shape[0], 1 if mesh.empty else row_pieces(mesh)
     with jax.named_scope("mixture"):
         if count is not None:
             return _mixture(u_PxD, count, table_RxD, blocks)
@@ -54,8 +54,8 @@ def _mixture(u: Array, count: Array, table: Array, blocks: Blocks) -> Array:
 def _forward(u: Array, count: Array, table: Array, blocks: Blocks) -> tuple[Array, Any]:
     r_PxD, z_P = on_devices(
         functools.partial(_mix, blocks),
-        (POSITIONS, POSITIONS, ROWS),
-        (POSITIONS, POSITIONS),
+        (BATCH, BATCH, ROWS),
+        (BATCH, BATCH),
         *(u, count, table),
     )
     return r_PxD, (u, count, table, z_P, r_PxD)
@@ -90,8 +90,8 @@ def _backward(blocks: Blocks, saved: Any, g_PxD: Array) -> tuple[Array, None, Ar
     u, count, table, z_P, r_PxD = saved
     du_PxD, dv_RxD = on_devices(
         functools.partial(_gradients, blocks),
-        (POSITIONS, POSITIONS, ROWS, POSITIONS, POSITIONS, POSITIONS),
-        (POSITIONS, ROWS),
+        (BATCH, BATCH, ROWS, BATCH, BATCH, BATCH),
+        (BATCH, ROWS),
         *(u, count, table, z_P, r_PxD, g_PxD),
     )
     return du_PxD, None, dv_RxD

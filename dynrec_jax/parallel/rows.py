@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec
 
 from dynrec_jax.batch import PAD
 from dynrec_jax.parallel import capacity
-from dynrec_jax.parallel.exchange import Delivery, Exchange, anything_open, distinct
-from dynrec_jax.parallel.rules import ITEM_AXES
-from dynrec_jax.parallel.table import BATCH, ROWS, filled_up, own_share, rows_of
+from dynrec_jax.parallel.exchange import Delivery, Exchange, anything_open, merge
+from dynrec_jax.parallel.rules import BATCH, ITEM_AXES, ROWS, WHOLE
+from dynrec_jax.parallel.table import filled_up, own_share, rows_of
 
 Array = jax.Array
 
@@ -150,12 +150,12 @@ def update_rows(
         exchange = exchange or capacity.default(mesh, touched.ids_BxL.size + touched.shared_K.size)
         across = ("slice",) if mesh.shape["slice"] > 1 else ()
         rows = jax.tree.map(lambda _: ROWS, state)
-        whole, shared = PartitionSpec(), PartitionSpec((*across, *ITEM_AXES))
+        shared = PartitionSpec((*across, *ITEM_AXES))
         inside = functools.partial(_update_inside, clip.norm, optimizer, exchange, across)
         step = jax.shard_map(
             inside,
-            in_specs=(ROWS, rows, Touched(BATCH, BATCH, shared, shared), whole, whole),
-            out_specs=(ROWS, rows, whole),
+            in_specs=(ROWS, rows, Touched(BATCH, BATCH, shared, shared), WHOLE, WHOLE),
+            out_specs=(ROWS, rows, WHOLE),
             check_vma=False,
         )
         touched = touched._replace(
@@ -163,12 +163,6 @@ def update_rows(
             shared_KxD=filled_up(touched.shared_KxD, mesh.size),
         )
         return step(table_RxD, state, touched, rate, clip.square)
-
-
-def merge(row_M: Array, gradient_MxD: Array, none: int) -> tuple[Array, Array]:
-    """Sums gradients of the same row: rows int32[M], ascending, `none` and more behind; and their gradients."""
-    list_M, place_M = distinct(row_M, none)
-    return told_apart(list_M, none), jax.ops.segment_sum(gradient_MxD, place_M, num_segments=list_M.shape[0])
 
 
 def told_apart(row_T: Array, none: int) -> Array:
@@ -185,7 +179,9 @@ def _update_alone(
     row_M, gradient_MxD = merge(_named(ids_M, rows), gradient_MxD, rows)
     gradient_MxD = jnp.where(row_M[:, None] < rows, gradient_MxD, 0)
     square = jnp.sum(jnp.square(gradient_MxD))
-    table_RxD, state = optimizer.update(table_RxD, state, row_M, gradient_MxD * clip.factor(square), rate)
+    table_RxD, state = optimizer.update(
+        table_RxD, state, told_apart(row_M, rows), gradient_MxD * clip.factor(square), rate
+    )
     return table_RxD, state, square
 
 
@@ -226,6 +222,8 @@ def _update_inside(
         start = (_square(own_T, g_TxD, held), later_M, more)
         square, _, _ = jax.lax.while_loop(lambda carry: carry[2], measure, start)
     square = jax.lax.psum(square, ITEM_AXES)
+    if across:  # replicas may have added up in another order, and must not drift apart
+        square = jax.lax.pmax(square, across)
     factor = Clip(norm, dense_square).factor(square)
     table_RxD, state = optimizer.update(table_RxD, state, told_apart(own_T, held), g_TxD * factor, rate)
 

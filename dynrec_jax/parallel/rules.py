@@ -25,6 +25,9 @@ RULES: tuple[tuple[str, tuple[str, ...] | str | None], ...] = (
     ("layers", None),
 )
 
+# Of arrays whose first axis is the batch's, is a table's, or of which every device has the whole.
+BATCH, ROWS, WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec(ITEM_AXES), PartitionSpec()
+
 
 def spec(*names: str | None) -> PartitionSpec:
     """The mesh axes of an array whose axes have these logical names.

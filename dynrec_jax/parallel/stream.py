@@ -12,11 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from dynrec_jax.parallel.blocks import (
-    POSITIONS,
-    ROWS,
     SLICE_AXES,
     TWIN_AXES,
-    WHOLE,
     Blocks,
     Devices,
     in_loop,
@@ -28,6 +25,7 @@ from dynrec_jax.parallel.blocks import (
     split_positions,
     tiles,
 )
+from dynrec_jax.parallel.rules import BATCH, ROWS, WHOLE
 from dynrec_jax.parallel.table import STRIPED_FROM
 
 Array = jax.Array
@@ -48,7 +46,7 @@ def logsumexp_sum(u_PxD: Array, weight_P: Array, count: Array, table_RxD: Array,
     Returns:
       A scalar, differentiable in `u_PxD` and `table_RxD`.
     """
-    specs = (POSITIONS, POSITIONS, POSITIONS, ROWS)
+    specs = (BATCH, BATCH, BATCH, ROWS)
     return on_devices(functools.partial(_value, blocks), specs, WHOLE, u_PxD, weight_P, count, table_RxD)
 
 
@@ -107,8 +105,8 @@ def _forward(
 ) -> tuple[Array, Any]:
     total, du_PxD, dv_RxD = on_devices(
         functools.partial(_gradients, blocks),
-        (POSITIONS, POSITIONS, POSITIONS, ROWS),
-        (WHOLE, POSITIONS, ROWS),
+        (BATCH, BATCH, BATCH, ROWS),
+        (WHOLE, BATCH, ROWS),
         *(u_PxD, weight_P, count, table_RxD),
     )
     return total, (du_PxD, dv_RxD, u_PxD[:0], table_RxD[:0])

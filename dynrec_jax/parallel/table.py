@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from dynrec_jax.parallel import capacity
 from dynrec_jax.parallel.exchange import Delivery, Exchange, anything_open, gather_rows
-from dynrec_jax.parallel.rules import BATCH_AXES, ITEM_AXES
+from dynrec_jax.parallel.mesh import table_devices
+from dynrec_jax.parallel.rules import BATCH, ITEM_AXES, ROWS
 
 Array = jax.Array
 
@@ -93,16 +93,13 @@ def lookup_both(
         inside = functools.partial(_lookup_both, exchange)
         whole = jax.shard_map(inside, in_specs=(ROWS, BATCH, ROWS), out_specs=(BATCH, ROWS), check_vma=False)
         # Each device asks for its share of them, and all get all of it behind the lookup.
-        rows_BxLxD, shared_KxD = whole(table_RxD, ids_BxL, filled_up(shared_K, capacity.owners(mesh)))
+        rows_BxLxD, shared_KxD = whole(table_RxD, ids_BxL, filled_up(shared_K, table_devices(mesh)))
         return rows_BxLxD, shared_KxD[: shared_K.shape[0]]
 
 
 def filled_up(x: Array, multiple: int) -> Array:
     """`x` with zeros behind its first axis, up to a multiple."""
     return jnp.pad(x, ((0, -x.shape[0] % multiple), *((0, 0),) * (x.ndim - 1)))
-
-
-BATCH, ROWS = PartitionSpec(BATCH_AXES), PartitionSpec(ITEM_AXES)
 
 
 def _several() -> Any:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dynrec_jax.parallel.blocks import ROWS, SLICE_AXES, Devices, in_loop, on_devices
-from dynrec_jax.parallel.rules import ITEM_AXES
+from dynrec_jax.parallel.blocks import SLICE_AXES, Devices, in_loop, on_devices
+from dynrec_jax.parallel.rules import ITEM_AXES, ROWS
 from dynrec_jax.parallel.table import STRIPED_FROM, STRIPS, ids_of, rows_of
 
 Array = jax.Array

@@ -21,7 +21,8 @@ from dynrec_jax.errors import ConfigError, DataError, report_errors
 from dynrec_jax.evaluate.oracle import synthetic_spec
 from dynrec_jax.models.item_encoder import ID_TABLE
 from dynrec_jax.models.user_encoder import moments
-from dynrec_jax.parallel.table import lookup
+from dynrec_jax.parallel.mesh import row_pieces
+from dynrec_jax.parallel.table import lookup, rows_of
 from dynrec_jax.report.interests import draw_interests
 from dynrec_jax.workdir import Run
 
@@ -110,18 +111,22 @@ def _choose(run: Run, histories: Histories, user: str | None) -> int:
 
 def _inferred(run: Run, items_1xL: np.ndarray) -> np.ndarray:
     """[L, N], ABRA's attention over the catalogue after every event of one history."""
-    model = run.model
+    model, items = run.model, run.dataset.items
 
     @jax.jit
-    def attention(params: Any, tables: Any, items_1xL: jax.Array) -> jax.Array:
-        u_LxD = model.user_vectors(params, lookup(tables[ID_TABLE], items_1xL), moments(items_1xL))[0]
+    def attention(params: Any, tables: Any, items_BxL: jax.Array) -> jax.Array:
+        rows_BxLxD = lookup(tables[ID_TABLE], items_BxL)
+        u_LxD = model.user_vectors(params, rows_BxLxD, moments(items_BxL))[0]
         v_RxD = model.catalogue(params, tables)
         q_LxD = model.abra.query(u_LxD, v_RxD)
-        s_LxN = q_LxD @ v_RxD[1 : run.dataset.items + 1].T * model.abra.scale
+        row_N = rows_of(jnp.arange(1, items + 1), v_RxD.shape[0])
+        s_LxN = (q_LxD @ v_RxD.T * model.abra.scale)[:, row_N]
         return jax.nn.softmax(s_LxN, axis=-1)
 
+    # As many histories as lie over the devices; all but the first are empty.
+    items_BxL = np.pad(items_1xL, ((0, row_pieces(run.mesh) - 1), (0, 0)))
     with jax.set_mesh(run.mesh):
-        return np.asarray(attention(run.params, run.tables, jnp.asarray(items_1xL)), np.float64)
+        return np.asarray(attention(run.params, run.tables, jnp.asarray(items_BxL)), np.float64)
 
 
 def _planted(run: Run, user: str, times: np.ndarray, names: list[str]) -> np.ndarray | None:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -15,6 +15,7 @@ from dynrec_jax.data.examples import NONE, Splits
 from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.models.bstm import MODELS, Bstm
+from dynrec_jax.models.layers import hidden_width
 from dynrec_jax.negatives import running_counts, sampling
 from dynrec_jax.parallel.exchange import Exchange
 from dynrec_jax.parallel.mesh import (
@@ -75,14 +76,16 @@ def train(
     source = BatchSource(histories, splits, config, own.pieces, own.part, own.parts)
     model = MODELS[config.model.name](config, histories.dataset.items)
     exchange = exchange_of_batches(config, mesh, source, own, processes)
-    state, step_fn = setup(config, model, mesh, exchange)
+    made = setup(config, model, mesh, exchange)
     with contextlib.ExitStack() as opened:
         quiet = not processes.first
         progress_bar = opened.enter_context(Progress("training", config.train.steps, quiet=quiet))
         checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last, processes, progress_bar.say)
         opened.enter_context(contextlib.closing(checkpoints))
         start, standing = 0, {}
-        if (found := checkpoints.resume(state)) is not None:
+        if (found := checkpoints.resume(made.template)) is None:
+            state = made.fresh()
+        else:
             state, progress = found
             start, standing = progress["step"], progress["standing"]
         progress_bar.goes_on(start)
@@ -105,18 +108,39 @@ def train(
                 stream = agreed(source, stream, start, processes.exchange)
             stream = (Batch(*(place_rows(mesh, part) for part in batch)) for batch in stream)
             left = range(start, config.train.steps)
-            step = run(state, step_fn, stream, running, hooks, left, progress_bar)
+            step = run(state, made.step, stream, running, hooks, left, progress_bar)
         checkpoints.wait()
     return {"step": step, **standing}
 
 
+class Setup(NamedTuple):
+    """What a run starts from. A state as large as the devices hold is there once: fresh, or from a checkpoint.
+
+    Attributes:
+      template: the state's shapes, and where each leaf lies.
+      fresh: makes the state of step 0.
+      step: compiled when it is called.
+    """
+
+    template: TrainState
+    fresh: Callable[[], TrainState]
+    step: StepFunction
+
+
 def setup(
     config: ml_collections.ConfigDict, model: Bstm, mesh: Mesh, exchange: Exchange | None = None
-) -> tuple[TrainState, CompiledStep]:
-    """A fresh state on the mesh and the step that goes with it, compiled when it is called."""
+) -> Setup:
+    """What a config's run starts from on a mesh."""
     fixed = step_arguments(config, model, mesh, exchange)
-    state, shardings = init_state(model, fixed["tx"], fixed["row_tx"], mesh, config.seed)
-    return state, CompiledStep(mesh, shardings, **fixed)
+    parts = model, fixed["tx"], fixed["row_tx"], mesh
+    template, shardings = abstract_state(*parts)
+    return Setup(template, lambda: init_state(*parts, config.seed)[0], CompiledStep(mesh, shardings, **fixed))
+
+
+def model_widths(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
+    """What of a model is divided over a mesh: D, heads, and hidden units."""
+    m = config.model
+    return m.dim, m.heads, hidden_width(m.block, m.dim, m.feedforward)
 
 
 def check_fits(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> None:

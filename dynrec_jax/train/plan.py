@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from dynrec_jax.data.pipeline import BatchSource
 from dynrec_jax.parallel import capacity
 from dynrec_jax.parallel.exchange import Exchange
-from dynrec_jax.parallel.mesh import Feed, row_pieces
+from dynrec_jax.parallel.mesh import Feed, row_pieces, table_devices
 from dynrec_jax.parallel.processes import Processes
 from dynrec_jax.parallel.table import rows_for, rows_of
 
@@ -24,7 +24,7 @@ def exchange_of_batches(
     if mesh.size == 1:
         return None
     rows = rows_for(source.items)
-    sizes = capacity.hops(capacity.owners(mesh), capacity.is_torus(mesh))
+    sizes = capacity.hops(table_devices(mesh), capacity.is_torus(mesh))
     needs, asked = [], 1
     for sample in range(SAMPLED):
         steps = [(sample * own.parts + part) % len(source) for part in range(own.parts)]
@@ -41,7 +41,7 @@ def exchange_of_zipf(
 ) -> tuple[Exchange, float]:
     """Sizes that suit batches int32[B, L] of Zipf-1.0 ids, and how many rounds a step is then expected to take."""
     rows = rows_for(items)
-    sizes = capacity.hops(capacity.owners(mesh), capacity.is_torus(mesh))
+    sizes = capacity.hops(table_devices(mesh), capacity.is_torus(mesh))
     needs, asked = [], 1
     for sample in range(SAMPLED + TRIED):
         generator = np.random.default_rng(sample)
@@ -70,7 +70,7 @@ def _by_device(
     generator: np.random.Generator,
 ) -> np.ndarray:
     """int64[S, D, M], the rows that each of the D owners of each slice asks for, in the order of the mesh."""
-    pieces, owners = row_pieces(mesh), capacity.owners(mesh)
+    pieces, owners = row_pieces(mesh), table_devices(mesh)
     tensor, slices = mesh.shape["tensor"], mesh.shape["slice"]
     even = items_BxL[: items_BxL.shape[0] // pieces * pieces].reshape(pieces, -1)
     even = np.pad(even, ((0, 0), (0, -even.shape[1] % tensor)))

@@ -107,10 +107,11 @@ def check_tables(state: TrainState, items: int, mesh: Mesh, memory: int) -> None
         return
     holders = table_devices(mesh)
     dim = max(table.shape[1] for table in jax.tree.leaves(state.tables))
+    each = " of a slice (mesh.tables=all puts them over all slices)" if mesh.shape["slice"] > 1 else ""
     enough = 2 ** math.ceil(math.log2(needed * holders / memory))
     raise ConfigError(
         f"{items:,} items of {dim} float32 numbers and the optimizer's state of their rows take "
-        f"{needed / GIB:,.1f} GiB on each of {holders} devices, which have {memory / GIB:,.1f} GiB; they need {enough} "
-        f"devices, or at most {int(items * memory / needed):,} items, a smaller model.dim, or a sampled loss with "
-        "train.row_optimizer=adagrad"
+        f"{needed / GIB:,.1f} GiB on each of {holders} devices{each}, which have {memory / GIB:,.1f} GiB; they need "
+        f"{enough} devices, or at most {int(items * memory / needed):,} items, a smaller model.dim, or a sampled loss "
+        "with train.row_optimizer=adagrad"
     )

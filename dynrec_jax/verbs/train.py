@@ -70,7 +70,7 @@ def train(
     def placed() -> "tuple[Mesh, Feed]":
         m = config.mesh
         mesh = make_mesh(m.data, m.fsdp, m.tensor, m.slices, m.tables)
-        check_model(mesh, rows_for(dataset.items), config.model.dim, config.model.heads)
+        check_model(mesh, rows_for(dataset.items), *loop.model_widths(config))
         loop.check_fits(config, dataset.items, mesh)
         own = feed(mesh, processes.index)
         check_batch(config.train.batch_size, dataset.shards, own.parts)
@@ -110,6 +110,11 @@ def _checked_dataset(config: ml_collections.ConfigDict) -> "Dataset":
     if not config.dataset:
         raise ConfigError("config.dataset is empty; expected a dataset folder made by `dynrec prepare`")
     dataset = open_dataset(Path(config.dataset))
+    if config.data["items"] not in (0, dataset.items):  # `config.data.items` is a method of the dict
+        raise ConfigError(
+            f"config.data.items: {config.data['items']:,}, and {dataset.path} has {dataset.items:,}; it is for "
+            "planning without a dataset: set it to 0 to train"
+        )
     check_batch(config.train.batch_size, dataset.shards)
     measured_ks(config, dataset.items)
     return dataset

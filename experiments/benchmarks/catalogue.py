@@ -58,7 +58,8 @@ class Run:
         """Compiles the step and takes the first."""
         config = settings()
         model = MODELS[config.model.name](config, items)
-        self.state, self._step = setup(config, model, make_mesh(devices=jax.devices()[:1]))
+        made = setup(config, model, make_mesh(devices=jax.devices()[:1]))
+        self.state, self._step = made.fresh(), made.step
         self._batches = [batch(items, seed) for seed in range(8)]
         self._number = 0
         jax.block_until_ready(self.state)

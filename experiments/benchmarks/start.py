@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,29 +53,31 @@ def child(arguments: list[str]) -> int:
     from dynrec_jax.cli import main
     from dynrec_jax.train import loop
 
-    setup, compile_step = loop.setup, loop.compile_step
+    setup = loop.setup
 
     def timed_setup(*given: Any) -> Any:
         marks.end("config, dataset, mapped histories")
-        made = setup(*given)
-        marks.end("initial state")
-        return made
+        start = setup(*given)
+        marks.end("shapes of the state")
 
-    def timed_compile(*given: Any, **fixed: Any) -> Callable[..., Any]:
-        step = compile_step(*given, **fixed)
+        def fresh() -> Any:
+            marks.end("checkpoints")
+            state = start.fresh()
+            marks.end("initial state")
+            return state
 
         def run(*state: Any) -> Any:
-            marks.end("checkpoints, peak, evaluator, first batch")
-            made = step(*state)
+            marks.end("peak, evaluator, first batch")
+            made = start.step(*state)
             marks.end("step: traced, compiled or read")
             jax.block_until_ready(made)
             marks.end("step: computed")
             Path(os.environ[MARKS]).write_text(json.dumps(marks.seconds), encoding="utf-8")
             os._exit(0)  # the run itself goes on for long
 
-        return run
+        return start._replace(fresh=fresh, step=run)
 
-    loop.setup, loop.compile_step = timed_setup, timed_compile
+    loop.setup = timed_setup
     return main(arguments)
 
 

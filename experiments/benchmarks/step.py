@@ -142,11 +142,13 @@ class Bench:
 
     def __init__(self, config: ml_collections.ConfigDict, histories: Histories):
         self.config, self.items = config, histories.dataset.items
-        self.mesh = make_mesh(config.mesh.data, config.mesh.table, config.mesh.tensor)
+        m = config.mesh
+        self.mesh = make_mesh(m.data, m.fsdp, m.tensor, m.slices, m.tables)
         own, splits = feed(self.mesh, 0), make_splits(histories, config)
         self.source = BatchSource(histories, splits, config, own.pieces, own.part, own.parts)
         model = MODELS[config.model.name](config, self.items)
-        self.state, self.step = loop.setup(config, model, self.mesh)
+        made = loop.setup(config, model, self.mesh)
+        self.state, self.step = made.fresh(), made.step
         self.cost = training_cost(model, self.state.params, config.loss.negatives)
         self.running = loop.training_counts(config, histories, splits, self.mesh, own)
 

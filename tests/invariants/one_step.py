@@ -17,7 +17,7 @@ from dynrec_jax.negatives import running_counts, sampling
 from dynrec_jax.parallel.exchange import Exchange
 from dynrec_jax.parallel.mesh import feed, make_mesh, place_rows, place_same
 from dynrec_jax.parallel.processes import join
-from dynrec_jax.parallel.rows import rowwise_adagrad
+from dynrec_jax.parallel.rows import lazy_adam, rowwise_adagrad
 from dynrec_jax.parallel.rules import sharding
 from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.state import init_state
@@ -35,6 +35,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "in_batch": {"loss__kind": "sampled", "loss__sampler": "in_batch"},
     "mixed": {"loss__kind": "sampled", "loss__sampler": "mixed"},
     "gbce": {"loss__kind": "gbce"},
+    # Everything at once: several sources of negatives, parts of a batch, clipping, Adam of rows.
+    "together": {"loss__kind": "sampled", "loss__sampler": "mixed", "train__clip_norm": 0.5},
 }
 
 
@@ -46,12 +48,14 @@ def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
     """
     c = tiny.config(model__dropout=0.3, loss__block_items=20, loss__negatives=16, **KINDS[kind])
     rate = optax.piecewise_constant_schedule(1.0, {1: 0.1})
-    model, tx, rows = make_bstm(c, ITEMS), optax.sgd(rate), rowwise_adagrad()
+    together = kind == "together"
+    model, tx = make_bstm(c, ITEMS), optax.sgd(rate)
+    rows = lazy_adam() if together else rowwise_adagrad()
     state, shardings = init_state(model, tx, rows, mesh, seed=3)
     settings = StepSettings(
         seed=5,
-        accumulation=1,
-        clip_norm=0.0,
+        accumulation=2 if together else 1,
+        clip_norm=c.train.clip_norm if together else 0.0,
         sampling=sampling(c, ITEMS),
         exchange=Exchange((mesh.size,), (5,), 9) if mesh.size > 1 and mesh.shape["slice"] == 1 else None,
     )

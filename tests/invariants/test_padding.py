@@ -31,7 +31,8 @@ def test_id_0_is_never_recommended_even_where_its_row_would_win():
 @pytest.mark.parametrize("kind", ["full", "sampled"])
 def test_the_row_of_padding_never_changes(kind: str):
     c = tiny.config(loss__kind=kind, train__weight_decay=0.3, train__warmup=0.0)
-    state, step = setup(c, make_bstm(c, ITEMS), tiny.mesh(1, 1, 1))
+    made = setup(c, make_bstm(c, ITEMS), tiny.mesh(1, 1, 1))
+    state, step = made.fresh(), made.step
     before = np.asarray(state.tables["item_id"])
     batch = tiny.batch([[(1, [1, 2, 3, 1])], [(2, [9, 10, 11])]], 9)
     for _ in range(3):

@@ -362,5 +362,5 @@ def test_stacked_parameters_carry_their_names_and_count_as_unrolled_ones_do():
     assert training_cost(model, params, 6) == training_cost(unrolled, nn.meta.unbox(other), 6)
     assert params["user"]["blocks"]["attention"]["query"]["kernel"].shape == (LAYERS - 1, 8, 2, 4)
     blocks = rules.tree_shardings(tiny.mesh(2, 2, 2), boxed)["user"]["blocks"]
-    assert blocks["attention"]["query"]["kernel"].spec == PartitionSpec(None, None, "tensor", None)
-    assert blocks["attention_norm"]["scale"].spec == PartitionSpec(None, None)
+    assert blocks["attention"]["query"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert blocks["attention_norm"]["scale"].spec == PartitionSpec(None, "fsdp")

@@ -19,6 +19,7 @@ from dynrec_jax.parallel.table import lookup, lookup_both, rows_for, rows_of
 
 ROWS, DIM, BATCH, LENGTH, SHARED = 64, 3, 8, 5, 6
 RATE, CLIP, SQUARE = 0.3, 0.5, 2.0
+KINDS = ("uniform", "zipf", "same", "shard")
 
 
 class Case(NamedTuple):
@@ -83,6 +84,13 @@ def expected(x: Case) -> dict[str, np.ndarray]:
 
 def found(x: Case, mesh: Mesh, exchange: Exchange | None, process: int = 0) -> dict[str, np.ndarray]:
     """The same on a mesh, whole on every process."""
+    made = made_on(x, mesh, exchange, process)
+    whole = multihost_utils.process_allgather(made, tiled=True) if jax.process_count() > 1 else made
+    return jax.tree.map(np.asarray, whole)
+
+
+def made_on(x: Case, mesh: Mesh, exchange: Exchange | None, process: int = 0) -> dict[str, jax.Array]:
+    """The same where the devices have made it."""
     own = feed(mesh, process)
     part = slice(own.part * BATCH // own.parts, (own.part + 1) * BATCH // own.parts)
     ids, gradient = (place_rows(mesh, whole[part]) for whole in (x.ids, x.gradient))
@@ -91,9 +99,10 @@ def found(x: Case, mesh: Mesh, exchange: Exchange | None, process: int = 0) -> d
     shared, shared_gradient = (place_same(rules.sharding(mesh), y) for y in (x.shared, x.shared_gradient))
 
     with jax.set_mesh(mesh):
-        made = program(mesh, exchange)(table, seen, ids, gradient, shared, shared_gradient)
-    whole = multihost_utils.process_allgather(made, tiled=True) if jax.process_count() > 1 else made
-    return jax.tree.map(np.asarray, whole)
+        made: dict[str, jax.Array] = program(mesh, exchange)(
+            table, seen, ids, gradient, shared, shared_gradient
+        )
+    return made
 
 
 @functools.cache
@@ -122,13 +131,14 @@ def program(mesh: Mesh, exchange: Exchange | None) -> Any:
 
 
 def main(out: str) -> None:
-    """Writes what two kinds of ids give in these processes, by process 0."""
+    """Writes what all kinds of ids give in these processes, by process 0."""
     processes = join()
     processes.start_jax()
     mesh = make_mesh(2, 2, 2)
+    exchange = Exchange((2, 4), (3, 2), 4)
     results = {
         f"{kind}/{name}": value
-        for kind, exchange in {"zipf": Exchange((8,), (1,), 2), "shard": Exchange((2, 4), (3, 2), 4)}.items()
+        for kind in KINDS
         for name, value in found(case(kind), mesh, exchange, processes.index).items()
     }
     if processes.first:

@@ -35,7 +35,7 @@ def assert_right(found: dict[str, np.ndarray], kind: str, where: str) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", ["uniform", "zipf", "same", "shard"])
+@pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize(("sizes", "slices", "exchange"), SIZES)
 def test_rows_and_gradients_are_those_of_plain_indexing(
     sizes: tuple[int, int, int], slices: int, exchange: Exchange | None, kind: str
@@ -49,6 +49,19 @@ def test_rows_of_a_striped_table_are_found_where_they_lie():
     assert_right(cases.found(cases.case("striped"), tiny.mesh(8, 1, 1), SIZES[0][2]), "striped", "8 devices")
     found = cases.found(cases.case("striped"), tiny.mesh(2, 2, 1, slices=2), SIZES[4][2])
     assert_right(found, "striped", "2 slices")
+
+
+def test_replicas_of_a_table_stay_the_same_bit_for_bit():
+    mesh = tiny.mesh(2, 1, 1, slices=4)
+    x = cases.case("zipf")
+    made = cases.made_on(x, mesh, Exchange((2,), (2,), 3))
+    for array in (made["table"], made["seen"]):
+        pieces: dict[int, set[bytes]] = {}
+        for shard in array.addressable_shards:
+            pieces.setdefault(shard.index[0].start or 0, set()).add(np.asarray(shard.data).tobytes())
+        assert len(pieces) == 2
+        assert all(len(replicas) == 1 for replicas in pieces.values())
+    assert (np.asarray(made["table"]) != x.table).any()
 
 
 def test_rows_and_gradients_are_the_same_in_two_processes(tmp_path: Path):
@@ -75,6 +88,6 @@ def test_rows_and_gradients_are_the_same_in_two_processes(tmp_path: Path):
     said = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     with np.load(out) as file:
-        for kind in ("zipf", "shard"):
+        for kind in cases.KINDS:
             found = {name.split("/")[1]: file[name] for name in file.files if name.startswith(kind)}
             assert_right(found, kind, "2 processes")

@@ -60,17 +60,20 @@ def test_slices_that_do_not_divide_the_devices_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("rows", "dim", "heads", "told"),
+    ("rows", "dim", "heads", "hidden", "told"),
     [
-        (12, 8, 2, "item tables of 12 rows do not divide over 8 devices"),
-        (16, 8, 1, "mesh.tensor: 2 does not divide model.heads=1"),
-        (16, 7, 2, "mesh.fsdp: 2 does not divide model.dim=7"),
+        (12, 8, 2, 6, "item tables of 12 rows do not divide over 8 devices; use a power of two up to 4"),
+        (16, 8, 1, 6, "mesh.tensor: 2 does not divide model.heads=1"),
+        (16, 7, 2, 6, "mesh.fsdp: 2 does not divide model.dim=7"),
+        (16, 8, 2, 15, "mesh.tensor: 2 does not divide the 15 hidden units"),
     ],
 )
-def test_a_model_that_does_not_divide_over_the_mesh_is_refused(rows: int, dim: int, heads: int, told: str):
-    check_model(make_mesh(2, 2, 2), 16, 8, 2)
+def test_a_model_that_does_not_divide_over_the_mesh_is_refused(
+    rows: int, dim: int, heads: int, hidden: int, told: str
+):
+    check_model(make_mesh(2, 2, 2), 16, 8, 2, 6)
     with pytest.raises(ConfigError, match=told):
-        check_model(make_mesh(2, 2, 2), rows, dim, heads)
+        check_model(make_mesh(2, 2, 2), rows, dim, heads, hidden)
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (8, 2, 1), (16, 1, 1), (2, 2, 1)])

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from dynrec_jax.parallel.rows import RowOptimizer, lazy_adam, rowwise_adagrad
-from dynrec_jax.parallel.rows import merge as merge_rows
+from dynrec_jax.parallel.exchange import merge as merge_rows
+from dynrec_jax.parallel.rows import RowOptimizer, lazy_adam, rowwise_adagrad, told_apart
 
 ROWS, DIM = 12, 4
 OPTIMIZERS = {"adam": lazy_adam(0.9, 0.98), "adagrad": rowwise_adagrad()}
@@ -24,7 +24,8 @@ def start(optimizer: RowOptimizer) -> tuple[jax.Array, object]:
 
 def merge(ids: jax.Array, g: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """Padding is none, as a step says it."""
-    return merge_rows(jnp.where(ids == 0, rows, ids), g, rows)
+    row_M, g_MxD = merge_rows(jnp.where(ids == 0, rows, ids), g, rows)
+    return told_apart(row_M, rows), g_MxD
 
 
 @pytest.mark.parametrize(

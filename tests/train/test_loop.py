@@ -37,8 +37,8 @@ setup = loop.setup
 @functools.cache
 def compiled() -> tuple[Any, Any, Step]:
     """What `setup` makes; the runs of this file share it, and with it one compilation."""
-    state, step = setup(tiny.config(**RUN), make_bstm(tiny.config(**RUN), 25), tiny.mesh(1, 1, 1))
-    return jax.tree.map(np.array, state), jax.tree.map(lambda x: x.sharding, state), step
+    made = setup(tiny.config(**RUN), make_bstm(tiny.config(**RUN), 25), tiny.mesh(1, 1, 1))
+    return jax.tree.map(np.array, made.fresh()), made.template, made.step
 
 
 @pytest.fixture
@@ -46,9 +46,12 @@ def train(histories: Histories, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     """`loop.train` in a folder; `step` may wrap the compiled step, changes are to `RUN`."""
 
     def run(folder: Path, step: Callable[[Step], Step] = lambda step: step, **changes: Any) -> dict[str, Any]:
-        host, shardings, real = compiled()
-        fresh = jax.tree.map(lambda x, place: jax.device_put(jnp.array(x), place), host, shardings)
-        monkeypatch.setattr(loop, "setup", lambda *_: (fresh, step(real)))
+        host, template, real = compiled()
+
+        def fresh() -> Any:
+            return jax.tree.map(lambda x, like: jax.device_put(jnp.array(x), like.sharding), host, template)
+
+        monkeypatch.setattr(loop, "setup", lambda *_: loop.Setup(template, fresh, step(real)))
         return loop.train(tiny.config(**{**RUN, **changes}), histories, folder, tiny.mesh(1, 1, 1))
 
     return run
@@ -62,8 +65,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
 
 def final_state(folder: Path) -> Any:
     checkpoints = Checkpoints(folder / "checkpoints")
-    host, shardings, _ = compiled()
-    template = jax.tree.map(lambda x, place: jax.device_put(jnp.array(x), place), host, shardings)
+    _, template, _ = compiled()
     state, progress = checkpoints.restore(template, 12)
     checkpoints.close()
     return jax.tree.map(np.asarray, state), progress

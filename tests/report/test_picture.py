@@ -1,0 +1,34 @@
+"""What the picture shows of a model is ABRA's attention, also on several devices and in a table of another order."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dynrec_jax.models.user_encoder import moments
+from dynrec_jax.parallel.table import rows_for, rows_of
+from dynrec_jax.report.picture import _inferred
+
+from .. import tiny
+
+
+@pytest.mark.parametrize(("items", "devices"), [(20, 1), (70_000, 2)])
+def test_the_inferred_interest_is_the_attention_over_all_items(items: int, devices: int):
+    model, params, tables = tiny.bstm(items)
+    history = np.array([[3, items, 7, 1, 0, 0, 0, 0]], np.int32)
+    run = SimpleNamespace(
+        model=model,
+        params=params,
+        tables=tables,
+        dataset=SimpleNamespace(items=items),
+        mesh=tiny.mesh(devices, 1, 1),
+    )
+    found = _inferred(run, history)
+    table, rows = np.asarray(tables["item_id"], np.float64), rows_for(items)
+    vectors = np.asarray(tables["item_id"])[rows_of(history, rows)]
+    u = np.asarray(model.user_vectors(params, vectors, moments(history)), np.float64)[0]
+    scores = u @ table[rows_of(np.arange(1, items + 1), rows)].T * model.abra.scale
+    expected = np.exp(scores - scores.max(axis=1, keepdims=True))
+    expected /= expected.sum(axis=1, keepdims=True)
+    assert found.shape == (8, items)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)

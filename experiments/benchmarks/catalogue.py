@@ -1,6 +1,6 @@
 """A training step with sampled negatives at catalogues of 10⁵, 10⁶ and 10⁷ items: its time and its memory.
 
-    python experiments/benchmarks/catalogue.py [--items=100000,1000000,10000000] [--rounds=15] [--out=FILE]
+    JAX_PLATFORMS=cpu python experiments/benchmarks/catalogue.py [--items=100000,1000000] [--rounds=15] [--out=FILE]
 
 All sizes are measured in turns, in one process, so that what the machine does beside it meets them alike; the time is
 the median of a step. Memory is measured by a process of its own for each size: the most that it holds in its steps

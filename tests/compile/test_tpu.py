@@ -2,17 +2,21 @@
 
 import importlib.util
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dynrec_jax import cli
 from dynrec_jax.compile.measure import Program, measure
+from dynrec_jax.compile.plan import checked_plan
+from dynrec_jax.compile.programs import table_program
 from dynrec_jax.compile.topology import open_target
 
 from ..commands import experiment
@@ -22,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROWS, DIM, IDS = 2**18, 128, 256
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 def numbers(update: Any, rows: int = ROWS) -> dict[str, Any]:
@@ -115,3 +120,30 @@ def test_the_whole_verb_on_two_slices(tmp_path):
         assert each["collective_bytes"]["between"].keys() <= {"send"}
     assert plan["table"]["collective_bytes"]["between"]["send"] > 0
     assert plan["table"]["collective_bytes"]["within"]["all-to-all"] > 0
+
+
+def rows_of_a_step(
+    batch: int, topology: str, slices: int, config: ml_collections.ConfigDict
+) -> dict[str, Any]:
+    config.train.batch_size = batch
+    target = open_target(topology, slices)
+    plan, at = checked_plan(config, target)
+    found = measure(table_program(plan), target, at)
+    sent = sum(sum(kinds.values()) for kinds in found["collective_bytes"].values())
+    return {**found, "sent": sent}
+
+
+@pytest.mark.slow
+def test_what_a_pod_moves_for_its_tables_is_small_and_hardly_grows_with_the_pod():
+    mib = 2**20
+    hundred, billion = (
+        runpy.run_path(str(EXPERIMENTS / name))["get_config"]() for name in ("pod_100m.py", "pod_1b.py")
+    )
+    few = rows_of_a_step(256, "v5e:4x4", 1, hundred)
+    many = rows_of_a_step(4_096, "v5e:16x16", 1, hundred)
+    two = rows_of_a_step(8_192, "v5e:16x16", 2, billion)
+    for found in (many, two):
+        assert found["fits"]
+        assert found["sent"] <= 8 * mib
+        assert found["temporary_bytes"] <= 16 * mib
+    assert many["sent"] <= 1.3 * few["sent"]

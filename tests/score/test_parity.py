@@ -172,3 +172,20 @@ def test_on_movielens_100k(shared_data, tmp_path):
     histories = {user: rows["item_id"].to_list() for user, rows in log.groupby("user_id")}
     result, _ = check(made, histories, tmp_path / "out")
     assert result["users"] > 900
+
+
+@pytest.mark.slow
+def test_in_a_catalogue_whose_table_has_another_order(tmp_path):
+    """More than 65,536 items and negatives by popularity: trained, evaluated, scored, the popularity baseline too."""
+    rng = np.random.default_rng(0)
+    items = [f"i{number:05d}" for number in rng.permutation(70_000)]
+    histories = {f"u{user}": items[user * 250 : (user + 1) * 250] for user in range(280)}
+    for history in list(histories.values())[:140]:
+        history[-1] = items[int(rng.integers(20))]  # some targets are popular
+    lines = [" ".join([user, *history]) for user, history in histories.items()]
+    (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
+    keys = {"loss__kind": "sampled", "loss__sampler": "popularity", "train__learning_rate": 0.03}
+    made = make(tmp_path, f"sequences:{tmp_path / 'log.txt'}", **keys)
+    result, _ = check(made, histories, tmp_path / "out")
+    assert result["catalogue"] == len({item for history in histories.values() for item in history}) > 2**16
+    assert result["baselines"]["popularity"]["recall@100"] > 0

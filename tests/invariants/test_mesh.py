@@ -2,16 +2,12 @@
 processes of four; dropout included, for each loss."""
 
 import functools
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from .. import tiny
+from .. import tiny, two_processes
 from . import one_step
 
 ALL = [(8, 1, 1), (2, 2, 2), (1, 8, 1)]
@@ -23,7 +19,6 @@ MESHES = [
     if kind != "together" or sizes == (2, 2, 2)  # its parts have four rows
 ]
 SLICES = ["full", pytest.param("popularity", marks=pytest.mark.slow), "in_batch"]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @functools.cache
@@ -68,27 +63,6 @@ def test_steps_are_the_same_over_slices(kind: str):
 )
 def test_steps_are_the_same_in_two_processes(kind: str, sizes: str, tmp_path: Path):
     out = tmp_path / "found.npz"
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-    shared = {
-        **os.environ,
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_NUM_CPU_DEVICES": "4",
-    }
-    command = [sys.executable, "-m", "tests.invariants.one_step", kind, sizes, str(out)]
-    started = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**shared, "JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    two_processes.run("tests.invariants.one_step", kind, sizes, str(out))
     with np.load(out) as found:
         assert_same(kind, dict(found), f"2 processes, {sizes}")

@@ -1,9 +1,5 @@
 """Rows asked of their owners, and gradients brought home: as plain indexing, whatever is asked and fits at once."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +7,9 @@ import pytest
 
 from dynrec_jax.parallel.exchange import Exchange
 
-from .. import tiny
+from .. import tiny, two_processes
 from . import exchange_cases as cases
 
-ROOT = Path(__file__).resolve().parents[2]
 # Devices (data, fsdp, tensor), slices, and what goes at once: one row and up, in one hop and in two.
 SIZES = [
     ((8, 1, 1), 1, Exchange((8,), (1,), 1)),
@@ -66,27 +61,7 @@ def test_replicas_of_a_table_stay_the_same_bit_for_bit():
 
 def test_rows_and_gradients_are_the_same_in_two_processes(tmp_path: Path):
     out = tmp_path / "found.npz"
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-    shared = {
-        **os.environ,
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_NUM_CPU_DEVICES": "4",
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.parallel.exchange_cases", str(out)],
-            cwd=ROOT,
-            env={**shared, "JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    two_processes.run("tests.parallel.exchange_cases", str(out))
     with np.load(out) as file:
         for kind in cases.KINDS:
             found = {name.split("/")[1]: file[name] for name in file.files if name.startswith(kind)}

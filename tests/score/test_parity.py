@@ -180,8 +180,11 @@ def test_in_a_catalogue_whose_table_has_another_order(tmp_path):
     rng = np.random.default_rng(0)
     items = [f"i{number:05d}" for number in rng.permutation(70_000)]
     histories = {f"u{user}": items[user * 250 : (user + 1) * 250] for user in range(280)}
-    for history in list(histories.values())[:140]:
-        history[-1] = items[int(rng.integers(20))]  # some targets are popular
+    # Twenty items are popular, and some of the targets are among them.
+    for number, history in enumerate(histories.values()):
+        history[3] = items[-1 - number % 20]
+        if number % 2:
+            history[-1] = items[-1 - (number + 1) % 20]
     lines = [" ".join([user, *history]) for user, history in histories.items()]
     (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
     keys = {"loss__kind": "sampled", "loss__sampler": "popularity", "train__learning_rate": 0.03}

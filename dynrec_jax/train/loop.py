@@ -78,8 +78,8 @@ def train(
     exchange = exchange_of_batches(config, mesh, source, own, processes)
     made = setup(config, model, mesh, exchange)
     with contextlib.ExitStack() as opened:
-        quiet = not processes.first
-        progress_bar = opened.enter_context(Progress("training", config.train.steps, quiet=quiet))
+        shown = Progress("training", config.train.steps, quiet=not processes.first)
+        progress_bar = opened.enter_context(shown)
         checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last, processes, progress_bar.say)
         opened.enter_context(contextlib.closing(checkpoints))
         start, standing = 0, {}
@@ -94,23 +94,29 @@ def train(
         )
         opened.enter_context(contextlib.closing(writer))
         running = training_counts(config, histories, splits, mesh, own)
-        _announce(progress_bar, config, histories, source, state, start, processes, own)
-        if exchange is not None:
-            progress_bar.say(described(exchange))
+        _announce(progress_bar, config, histories, source, state, start, processes, own, exchange)
         evaluator = _evaluator(config, histories, splits, model, mesh, processes)
         evaluation = EvaluateHook(config, evaluator, writer, standing, progress_bar)
         log = LogHook(config, writer, progress_bar, start, utilisation(config, model, state, processes))
         hooks: list[Hook] = [log, evaluation, CheckpointHook(config, checkpoints, evaluation, log)]
         step = start
         if start < config.train.steps and not standing.get("stopped"):
-            stream = batches(source, start, config.data.prefetch)
-            if processes.count > 1:
-                stream = agreed(source, stream, start, processes.exchange)
-            stream = (Batch(*(place_rows(mesh, part) for part in batch)) for batch in stream)
+            stream = _placed_batches(source, start, config.data.prefetch, mesh, processes)
             left = range(start, config.train.steps)
             step = run(state, made.step, stream, running, hooks, left, progress_bar)
         checkpoints.wait()
     return {"step": step, **standing}
+
+
+def _placed_batches(
+    source: BatchSource, start: int, prefetch: int, mesh: Mesh, processes: Processes
+) -> Iterator[Batch]:
+    """The batches from step `start` on, where the devices want them."""
+    stream = batches(source, start, prefetch)
+    if processes.count > 1:
+        stream = agreed(source, stream, start, processes.exchange)
+    for batch in stream:
+        yield Batch(*(place_rows(mesh, part) for part in batch))
 
 
 class Setup(NamedTuple):
@@ -248,6 +254,7 @@ def _announce(
     start: int,
     processes: Processes,
     own: Feed,
+    exchange: Exchange | None,
 ) -> None:
     dense = sum(x.size for x in jax.tree.leaves(state.params))
     rows = sum(x.size for x in jax.tree.leaves(state.tables))
@@ -266,5 +273,7 @@ def _announce(
             f"{1 - filled:.0%} of the dataset's {histories.dataset.shards} shards have nobody who trains, "
             "and that share of each batch stays empty; prepare with fewer --shards"
         )
+    if exchange is not None:
+        progress.say(described(exchange))
     if start:
         progress.say(f"going on from step {start}")

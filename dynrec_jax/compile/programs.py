@@ -94,7 +94,8 @@ def step_program(plan: Plan) -> Program:
     counted = plan.model.sampled and settings.sampling.by_counts
     running = _ints(rows_for(plan.items)) if counted else None
     parts = max(plan.config.train.accumulation, 1)
-    held = plan.shape[0] // row_pieces(plan.mesh) // parts * (plan.shape[1] - 1)
+    traversals = bool(plan.model.forward_weight) + bool(plan.model.backward_weight)  # scored together
+    held = plan.shape[0] // row_pieces(plan.mesh) // parts * (plan.shape[1] - 1) * traversals
     return _program("train step", plan, step.trace(plan.state, batch, running), plan.rounds, held)
 
 

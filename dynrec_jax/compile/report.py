@@ -5,6 +5,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dynrec_jax.parallel.exchange import Exchange
+from dynrec_jax.train.plan import described
+
 SHOWN = 5  # largest arrays of a program
 
 
@@ -69,9 +72,8 @@ def title(result: dict[str, Any]) -> str:
 
 def exchange(table: dict[str, Any]) -> str:
     """How devices exchange table rows, in one line."""
-    hops = zip(table["capacities"], table["hops"], strict=True)
-    sent = ", then ".join(f"{capacity:,} to each of {devices} devices" for capacity, devices in hops)
-    return f"table rows go in rounds of {sent}; {table['rounds']:.2f} rounds a step expected for Zipf-1.0 ids"
+    sizes = Exchange(tuple(table["hops"]), tuple(table["capacities"]), table["touched"])
+    return f"{described(sizes)}; {table['rounds']:.2f} rounds a step expected for Zipf-1.0 ids"
 
 
 def rows(programs: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:

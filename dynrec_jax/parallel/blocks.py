@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dynrec_jax.parallel.rules import BATCH_AXES, ITEM_AXES
+from dynrec_jax.parallel.rules import BATCH_AXES, ITEM_AXES, several_devices
 from dynrec_jax.parallel.table import STRIPED_FROM, ids_of
 
 Array = jax.Array
@@ -95,8 +95,7 @@ def on_devices(function: Callable[..., Any], in_specs: Any, out_specs: Any, *arg
 
     It is never differentiated: gradients are formulas of their own, and every sum over devices is written down.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if several_devices() is None:
         return function(Devices(False), *arguments)
 
     def inside(*parts: Array) -> Any:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from dynrec_jax.batch import PAD
 from dynrec_jax.parallel import capacity
 from dynrec_jax.parallel.exchange import Delivery, Exchange, anything_open, merge
-from dynrec_jax.parallel.rules import BATCH, ITEM_AXES, ROWS, WHOLE
+from dynrec_jax.parallel.rules import BATCH, ITEM_AXES, ROWS, WHOLE, several_devices
 from dynrec_jax.parallel.table import filled_up, own_share, rows_of
 
 Array = jax.Array
@@ -125,7 +125,6 @@ def update_rows(
     touched: Touched,
     rate: Array,
     clip: Clip,
-    *,
     optimizer: RowOptimizer,
     exchange: Exchange | None = None,
 ) -> tuple[Array, Any, Array]:
@@ -143,9 +142,9 @@ def update_rows(
     Returns:
       Table, state, and the rows' squared norm before clipping.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = several_devices()
     with jax.named_scope("row_update"):
-        if mesh.empty or mesh.size == 1:
+        if mesh is None:
             return _update_alone(table_RxD, state, touched, rate, clip, optimizer)
         exchange = exchange or capacity.default(mesh, touched.ids_BxL.size + touched.shared_K.size)
         across = ("slice",) if mesh.shape["slice"] > 1 else ()

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 # Histories lie over all devices but those of a tensor axis. "items" are the rows of item tables: over all devices of
 # a slice, since they are what grows; each slice has a replica. "embed" is the axis of the dense weights that all of
@@ -64,9 +64,14 @@ def tree_shardings(mesh: Mesh, abstract: Any) -> Any:
     return jax.tree.map(place, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
+def several_devices() -> AbstractMesh | None:
+    """The mesh that is set, where it has several devices; None on one, or where none is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Asks the compiler to lay `x` out by its logical names; nothing happens where no mesh is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if several_devices() is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*names))

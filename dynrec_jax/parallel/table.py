@@ -17,7 +17,7 @@ import numpy as np
 from dynrec_jax.parallel import capacity
 from dynrec_jax.parallel.exchange import Delivery, Exchange, anything_open, gather_rows
 from dynrec_jax.parallel.mesh import table_devices
-from dynrec_jax.parallel.rules import BATCH, ITEM_AXES, ROWS
+from dynrec_jax.parallel.rules import BATCH, ITEM_AXES, ROWS, several_devices
 
 Array = jax.Array
 
@@ -73,7 +73,7 @@ def lookup(table_RxD: Array, ids_BxL: Array, exchange: Exchange | None = None) -
       exchange: sizes of the exchange between devices; by default, those for ids that are spread evenly.
     """
     with jax.named_scope("lookup"):
-        mesh = _several()
+        mesh = several_devices()
         if mesh is None:
             return _take(table_RxD, ids_BxL)
         inside = functools.partial(_lookup, exchange or capacity.default(mesh, ids_BxL.size))
@@ -86,7 +86,7 @@ def lookup_both(
 ) -> tuple[Array, Array]:
     """`lookup` of a batch, and of ids that all devices share, `[K, D]`, in one exchange; not differentiable."""
     with jax.named_scope("lookup"):
-        mesh = _several()
+        mesh = several_devices()
         if mesh is None:
             return _take(table_RxD, ids_BxL), _take(table_RxD, shared_K)
         exchange = exchange or capacity.default(mesh, ids_BxL.size + shared_K.size)
@@ -100,12 +100,6 @@ def lookup_both(
 def filled_up(x: Array, multiple: int) -> Array:
     """`x` with zeros behind its first axis, up to a multiple."""
     return jnp.pad(x, ((0, -x.shape[0] % multiple), *((0, 0),) * (x.ndim - 1)))
-
-
-def _several() -> Any:
-    """The mesh, where it has several devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def _take(table_RxD: Array, ids: Array) -> Array:

@@ -39,7 +39,7 @@ from dynrec_jax.train.optimizer import make_optimizer, make_row_optimizer, make_
 from dynrec_jax.train.peak import peak_of_process
 from dynrec_jax.train.plan import described, exchange_of_batches
 from dynrec_jax.train.progress import Progress
-from dynrec_jax.train.state import TrainState, abstract_state, check_tables, init_state
+from dynrec_jax.train.state import TrainState, abstract_state, check_tables, fresh_state
 from dynrec_jax.train.step import CompiledStep, StepSettings
 
 MOST_OF_A_ROW = 4  # arrays of the table's size, itself included: Adam's moments, and numbers of rows
@@ -140,7 +140,8 @@ def setup(
     fixed = step_arguments(config, model, mesh, exchange)
     parts = model, fixed["tx"], fixed["row_tx"], mesh
     template, shardings = abstract_state(*parts)
-    return Setup(template, lambda: init_state(*parts, config.seed)[0], CompiledStep(mesh, shardings, **fixed))
+    step = CompiledStep(mesh, shardings, **fixed)
+    return Setup(template, lambda: fresh_state(*parts, config.seed, shardings), step)
 
 
 def model_widths(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
@@ -173,7 +174,7 @@ def step_arguments(
 
 
 def step_settings(
-    config: ml_collections.ConfigDict, model: Bstm, mesh: Mesh, exchange: Exchange | None = None
+    config: ml_collections.ConfigDict, model: Bstm, mesh: Mesh, exchange: Exchange | None
 ) -> StepSettings:
     """What the config and the devices say of a step."""
     return StepSettings(

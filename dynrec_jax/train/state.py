@@ -50,17 +50,28 @@ def init_state(
     model: Bstm, tx: optax.GradientTransformation, rows: RowOptimizer, mesh: Mesh, seed: int
 ) -> tuple[TrainState, TrainState]:
     """A fresh state, each leaf made where it lies, and the state's shardings."""
-    fresh = functools.partial(_boxed, model, tx, rows)
+    _, shardings = abstract_state(model, tx, rows, mesh)
+    return fresh_state(model, tx, rows, mesh, seed, shardings), shardings
+
+
+def fresh_state(
+    model: Bstm,
+    tx: optax.GradientTransformation,
+    rows: RowOptimizer,
+    mesh: Mesh,
+    seed: int,
+    shardings: TrainState,
+) -> TrainState:
+    """The state of step 0, laid out as `abstract_state` says."""
     with jax.set_mesh(mesh):
-        # Names are read off the boxed shapes; the state itself is made without boxes, in its place.
-        shardings = state_shardings(mesh, jax.eval_shape(fresh, np.uint32(seed)))
-        # The seed as a number: an array of one process's device could not enter a program of several.
+        # The state itself is made without boxes, in its place.
         make = jax.jit(
-            lambda seed: nn.meta.unbox(fresh(seed)),
+            lambda seed: nn.meta.unbox(_boxed(model, tx, rows, seed)),
             out_shardings=shardings,
             compiler_options=QUICKLY if mesh.devices.flat[0].platform == "cpu" else None,
         )
-        return make(np.uint32(seed)), shardings
+        # The seed as a number: an array of one process's device could not enter a program of several.
+        return make(np.uint32(seed))
 
 
 def abstract_state(
@@ -69,6 +80,7 @@ def abstract_state(
     """What `init_state` gives, as shapes alone that know where they lie: nothing is allocated."""
     fresh = functools.partial(_boxed, model, tx, rows)
     with jax.set_mesh(mesh):
+        # Names are read off the boxed shapes.
         shardings = state_shardings(mesh, jax.eval_shape(fresh, np.uint32(0)))
         shapes = jax.eval_shape(lambda seed: nn.meta.unbox(fresh(seed)), np.uint32(0))
     return jax.tree.map(

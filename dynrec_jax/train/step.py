@@ -4,7 +4,6 @@ The tables' rows are looked up first and the loss is a function of (params, rows
 touched rows alone; a full softmax has a dense gradient by nature and takes the dense path.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,9 +105,10 @@ def train_step(
     clip = Clip(settings.clip_norm, (optax.tree.norm(sums.dense) / weight) ** 2)
     rows_square = jnp.float32(0)
     if touched is not None:
-        moved = functools.partial(update_rows, optimizer=row_tx, exchange=settings.exchange)
-        table, of_table, rows_square = moved(
-            tables[ID_TABLE], row_state[ID_TABLE], touched.times(1.0 / weight), rate, clip
+        table, of_table = tables[ID_TABLE], row_state[ID_TABLE]
+        touched = touched.times(1.0 / weight)
+        table, of_table, rows_square = update_rows(
+            table, of_table, touched, rate, clip, row_tx, settings.exchange
         )
         tables, row_state = {**tables, ID_TABLE: table}, {**row_state, ID_TABLE: of_table}
     factor = clip.factor(rows_square) / weight

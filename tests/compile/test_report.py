@@ -29,11 +29,11 @@ def test_large_numbers(number: float, text: str):
 
 
 def test_the_exchange_of_two_hops():
-    table = {"capacities": [24, 1100], "hops": [32, 8], "rounds": 1.125}
-    told = (
-        "in rounds of 24 to each of 32 devices, then 1,100 to each of 8 devices; 1.12 rounds a step expected"
-    )
-    assert told in exchange(table)
+    table = {"capacities": [24, 1100], "hops": [32, 8], "touched": 2000, "rounds": 1.125}
+    told = exchange(table)
+    assert "in rounds of 24 rows to each of 32 devices, then 1,100 rows to each of 8 devices" in told
+    assert "2,000 of its own" in told
+    assert "; 1.12 rounds a step expected" in told
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,9 @@ CHOICES = {
     "loss.kind": ("full", "sampled", "gbce"),
     "loss.sampler": ("uniform", "popularity", "in_batch", "mixed"),
     "mesh.tables": ("slice", "all"),
+    "item.fusion": ("id", "text", "both", "ensemble"),
+    "item.text_mode": ("frozen", "tuned"),
+    "item.text_pooling": ("mean", "cls"),
     "train.row_optimizer": ("adam", "adagrad"),
     "evaluation.split": ("leave_one_out", "global_time"),
 }
@@ -53,6 +56,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.items = 0  # a catalogue's size in place of a dataset, for planning without data
     c.data.cache_dir = ""  # memory-mapped copies of the shards; empty: ~/.cache/dynrec_jax
     c.data.prefetch = 4  # batches assembled ahead of the device
+    # Share of the items that no training history has, as if they came later; `evaluate` tells how they are found.
+    c.data.cold_items = 0.0
 
     c.model = ml_collections.ConfigDict()
     c.model.name = "bstm"
@@ -73,6 +78,38 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.remat = "none"
     c.model.scan_layers = False  # one program for all blocks but the last: compiled once, however many layers
 
+    c.item = ml_collections.ConfigDict()
+    # What an item's vector is made of: its "id" alone; what the towers below say of it ("text": text, attributes,
+    # vectors, triples); "both", weighed by a learned gate; or the summed scores of two models, one of ids and one of
+    # the towers ("ensemble").
+    c.item.fusion = "id"
+    c.item.id_dropout = (
+        0.1  # "both": share of the items that a step sees without their id, so that the rest must speak
+    )
+    c.item.text = ()  # text columns of the items, joined in this order
+    c.item.bert = (
+        ""  # folder of a Hugging Face BERT, or a hub's id; empty: one of random weights, to be tuned
+    )
+    c.item.text_mode = "frozen"  # text vectors computed once, or BERT "tuned" with the rest
+    c.item.text_from = (
+        0  # "tuned": layers from here on, counted from 0; all of it, embeddings included, for 0
+    )
+    c.item.text_tokens = 64  # of an item's text at most
+    c.item.text_pooling = "mean"  # over an item's tokens, or the vector of the first one ("cls")
+    c.item.text_refresh = (
+        200  # "tuned": steps after which vectors of items that a batch has not are made anew
+    )
+    c.item.text_rate = 0.05  # "tuned": BERT's learning rate as a share of train.learning_rate
+    c.item.text_dropout = 0.1  # "tuned": inside of BERT
+    c.item.text_vocabulary = 8192  # without a `bert` folder: words of a tokenizer trained on the items' text
+    c.item.text_dim = 128  # without a `bert` folder: its width,
+    c.item.text_layers = 2  # layers
+    c.item.text_heads = 2  # and heads
+    # Columns of attribute sets; a text column is one attribute, or several with a separator: "genres:,".
+    c.item.attributes = ()
+    c.item.vectors = ()  # columns of dense vectors
+    c.item.triples = False  # whether the dataset's knowledge graph describes the items
+
     c.loss = ml_collections.ConfigDict()
     # Softmax over the whole catalogue; softmax over the target and negatives ("sampled"); or binary cross-entropy
     # over them, generalised so that few negatives do not make a model too sure of itself ("gbce").
@@ -88,6 +125,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.logq = True  # "sampled": correct for how likely a negative was drawn
     c.loss.calibration = (
         0.75  # "gbce": its t, from 0, plain cross-entropy, to 1, probabilities as without sampling
+    )
+    c.loss.alignment = (
+        0.0  # "both": weight of telling an item's id vector by its other vector, in the catalogue
     )
 
     c.train = ml_collections.ConfigDict()
@@ -163,6 +203,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _within(config, 0, 2**32 - 1, "seed")
     _within(config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2")
     _within(config, 0.0, 1.0, "loss.uniform_share", "loss.calibration")
+    _within(config, 0.0, 0.9, "data.cold_items", "item.id_dropout", "item.text_dropout")
+    _at_least(config, 0, "loss.alignment", "item.text_from", "item.text_rate")
+    _at_least(config, 8, "item.text_tokens", "item.text_vocabulary")
+    _at_least(config, 1, "item.text_refresh", "item.text_dim", "item.text_layers", "item.text_heads")
+    _check_items(config)
     for key, value in flat(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"config.{key}: {value}; expected a finite number")
@@ -197,6 +242,49 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.evaluation.metric: {c.evaluation.metric!r} is not one of {', '.join(names)}"
         )
+
+
+def describes_items(config: ml_collections.ConfigDict) -> bool:
+    """Whether items are more than their ids."""
+    return bool(config.item.fusion != "id")
+
+
+def tunes_text(config: ml_collections.ConfigDict) -> bool:
+    """Whether BERT is trained with the rest."""
+    return describes_items(config) and bool(config.item.text) and bool(config.item.text_mode == "tuned")
+
+
+def _check_items(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError where what describes the items contradicts itself."""
+    item = config.item
+    for key in ("text", "attributes", "vectors"):
+        if any(not isinstance(name, str) or not name for name in item[key]):
+            raise ConfigError(f"config.item.{key}: {tuple(item[key])!r}; expected names of item columns")
+    named = [f"item.{key}" for key in ("text", "attributes", "vectors", "triples") if item[key]]
+    if describes_items(config) and not named:
+        raise ConfigError(
+            f"config.item.fusion: {item.fusion!r} needs something that describes the items; set item.text, "
+            "item.attributes, item.vectors or item.triples"
+        )
+    if named and not describes_items(config):
+        raise ConfigError(
+            f"config.{named[0]}: is not looked at with item.fusion=id; use fusion text, both or ensemble"
+        )
+    if item.text and not item.bert and item.text_mode == "frozen":
+        raise ConfigError(
+            "config.item.bert: is empty, and a BERT of random weights says nothing while it is frozen; name a folder, "
+            "or set item.text_mode=tuned"
+        )
+    if item.text_dim % item.text_heads:
+        raise ConfigError(
+            f"config.item.text_dim: {item.text_dim} does not divide by item.text_heads={item.text_heads}"
+        )
+    if config.loss.alignment and item.fusion != "both":
+        raise ConfigError(
+            f"config.loss.alignment: has two vectors to align with item.fusion=both alone, not {item.fusion!r}"
+        )
+    if item.fusion == "ensemble" and config.model.hops:
+        raise ConfigError("config.model.hops: scores of an ensemble are summed and not refined; use hops=0")
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

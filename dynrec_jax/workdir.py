@@ -9,27 +9,33 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
+import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import pyarrow as pa
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from dynrec_jax import __version__
 from dynrec_jax import config as configs
 from dynrec_jax.data.dataset import Dataset, open_dataset
+from dynrec_jax.data.new_items import NewItems, read_new_items
 from dynrec_jax.errors import ConfigError, DataError, MachineError
 from dynrec_jax.files import is_temporary, remove_temporary, write_whole
-from dynrec_jax.models.bstm import MODELS, Bstm
+from dynrec_jax.models.bstm import Model
+from dynrec_jax.models.features import Items, read_items
+from dynrec_jax.models.towers.kinds import columns_of
 from dynrec_jax.parallel.mesh import usable_mesh
 from dynrec_jax.parallel.processes import ALONE, Processes
-from dynrec_jax.parallel.rules import tree_shardings
-from dynrec_jax.parallel.table import rows_for
+from dynrec_jax.parallel.rules import sharding, tree_shardings
+from dynrec_jax.parallel.table import ids_of, rows_for, rows_of
 from dynrec_jax.train.checkpoint import open_model
 
 FORMAT = 1
@@ -60,16 +66,30 @@ class Run:
       tables: item tables {name: [R, D]}; item i has the row `parallel.table.rows_of(i, R)`, which is i below 65,536.
       step: the checkpoint's step.
       mesh: where params and tables lie.
+      items: the items, and what describes them besides their ids.
+      new: those of them that came after training, if any.
     """
 
     path: Path
     config: ml_collections.ConfigDict
     dataset: Dataset
-    model: Bstm
+    model: Model
     params: Any
     tables: Any
     step: int
     mesh: Mesh
+    items: Items
+    new: NewItems | None = None
+
+    @property
+    def item_ids(self) -> pa.Array:
+        """Ids of all items as strings; position i - 1 is item i."""
+        own = self.dataset.item_ids().cast(pa.string())
+        return (
+            own
+            if self.new is None
+            else pa.concat_arrays([own, self.new.table.column("item_id").combine_chunks()])
+        )
 
 
 def start(path: Path, config: ml_collections.ConfigDict, dataset: Dataset) -> None:
@@ -170,6 +190,8 @@ def open(
     step: str | int = "best",
     dataset: str | Path | None = None,
     processes: Processes = ALONE,
+    items: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Run:
     """Opens a run on this machine's devices, without the optimizer's state.
 
@@ -178,32 +200,64 @@ def open(
       step: "best" by validation (the last where none was measured), "last", or a step's number.
       dataset: where the dataset folder lies now, if not where the run found it; its content must be the same.
       processes: that open it together, each on its devices.
+      items: a file of items that came after training, to be recommended with the others; as `prepare --items` takes it.
+      say: is told how far long work is.
 
     Raises:
-      DataError: no run folder, no such checkpoint, another dataset.
-      ConfigError: a config of another version.
+      DataError: no run folder, no such checkpoint, another dataset; no new item in `items`, or nothing tells of it.
+      ConfigError: a config of another version; a model of ids alone, which knows nothing of new `items`.
     """
     path = Path(path)
-    config, data, mesh = processes.agree(lambda: _opened(path, dataset))
+    config, data, new, mesh = processes.agree(lambda: _opened(path, dataset, items))
     processes.check_same(
         {"config": configs.to_json(config), "content of the dataset folder": data.content, "step": step},
         "open the same run with the same flags in all",
     )
-    model = MODELS[config.model.name](config, data.items)
+    described = processes.agree(lambda: read_items(config, data, path, say=say))
+    model = described.model(config)
     boxed = jax.eval_shape(model.init, jax.random.key(0))
     shardings = tree_shardings(mesh, boxed)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
     )
     variables, chosen = open_model(path / "checkpoints", abstract, step, processes=processes)
-    return Run(path, config, data, model, variables["params"], variables["tables"], chosen, mesh)
+    run = Run(path, config, data, model, variables["params"], variables["tables"], chosen, mesh, described)
+    return run if new is None else _with_new(run, new, processes, say)
 
 
-def _opened(path: Path, dataset: str | Path | None) -> tuple[ml_collections.ConfigDict, Dataset, Mesh]:
+def _opened(
+    path: Path, dataset: str | Path | None, items: str | Path | None
+) -> tuple[ml_collections.ConfigDict, Dataset, NewItems | None, Mesh]:
     config = open_config(path)
     data = open_dataset(Path(dataset) if dataset else Path(_record(path)["dataset"]["path"]))
     _check_fingerprint(path, data)
-    return config, data, usable_mesh(rows_for(data.items))
+    if items is None:
+        return config, data, None, usable_mesh(rows_for(data.items))
+    if not configs.describes_items(config):
+        raise ConfigError(
+            f"--items={items}: the model of {path} knows items by their ids alone and nothing of new ones; train it "
+            "with item.fusion text, both or ensemble"
+        )
+    new = read_new_items(Path(items), data, columns_of(config))
+    rows = rows_for(data.items), rows_for(data.items + new.table.num_rows)
+    return config, data, new, usable_mesh(math.gcd(*rows))
+
+
+def _with_new(run: Run, new: NewItems, processes: Processes, say: Callable[[str], None]) -> Run:
+    """The run with items behind the dataset's: they have no id of their own, and all that describes them."""
+    items = processes.agree(lambda: read_items(run.config, run.dataset, run.path, new.table, say))
+    old, now = rows_for(run.dataset.items), rows_for(items.number)
+
+    def longer(table_RxD: jax.Array) -> jax.Array:
+        id_R = ids_of(jnp.arange(now, dtype=jnp.int32), now)
+        had_R = id_R <= run.dataset.items
+        rows_RxD = jnp.take(table_RxD, rows_of(jnp.where(had_R, id_R, 0), old), axis=0, mode="clip")
+        return jnp.where(had_R[:, None], rows_RxD, 0.0)
+
+    with jax.set_mesh(run.mesh):
+        place = jax.jit(longer, out_shardings=sharding(run.mesh, "items", None))
+        tables = {name: place(table) for name, table in run.tables.items()}
+    return dataclasses.replace(run, model=items.model(run.config), tables=tables, items=items, new=new)
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -2,16 +2,20 @@
 # The gate: lint, format, types, the wheel, the tests.
 #
 #   bash launch/test.sh [--slow] [arguments of pytest]
+#
+# --slow compares with PyTorch. That of PyPI brings gigabytes of CUDA with it; without, where the network allows it:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash launch/test.sh --slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 markers=()
+DYNREC_EXTRAS="test,tensorboard"
 if [ "${1:-}" = "--slow" ]; then
   markers=(-m "not gpu and not tpu")
+  DYNREC_EXTRAS="$DYNREC_EXTRAS,slow"
   shift
 fi
 
-DYNREC_EXTRAS="test,tensorboard"
 . launch/environment.sh
 
 echo "launch: ruff"

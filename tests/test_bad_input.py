@@ -86,6 +86,16 @@ TEXT_AT_LINE_4 = "user,item,time\na,x,1\na,y,2\nb,x,soon\nb,y,4\n"
         ("sequences:latin.csv", {}, ["latin.csv", "UTF-8"]),
         ("table:good.csv", {"items": "nowhere.csv"}, ["nowhere.csv"]),
         ("table:good.csv", {"pseudonymise": "nowhere.key"}, ["nowhere.key"]),
+        ("table:good.csv", {"items": "mixed.jsonl"}, ["mixed.jsonl:2", "'v'", "a list of numbers"]),
+        ("table:good.csv", {"items": "columns.csv"}, ["columns.csv", "item_id", "who, what"]),
+        ("table:good.csv", {"items": "latin.csv"}, ["latin.csv:2", "UTF-8"]),
+        ("table:good.csv", {"triples": "nowhere.tsv"}, ["nowhere.tsv"]),
+        ("table:good.csv", {"triples": "columns.csv"}, ["columns.csv", "'head'", "who, what"]),
+        ("amazon:nowhere", {}, ["nowhere", "no such file"]),
+        ("amazon:taken", {}, ["taken", "found none"]),
+        ("amazon:mixed.jsonl", {}, ["mixed.jsonl", "reviewerID"]),
+        ("mind:nowhere", {}, ["nowhere", "behaviors.tsv"]),
+        ("mind:taken", {}, ["taken", "behaviors.tsv"]),
         ("paper:good.csv", {}, ["paper"]),
         ("good.csv", {}, ["KIND"]),
     ],
@@ -100,6 +110,7 @@ def test_prepare_refuses(source, flags, named, at, capsys):
     )
     (at / "empty.csv").write_text("")
     (at / "latin.csv").write_bytes("user,item,time\nJosé,x,1\n".encode("latin-1"))
+    (at / "mixed.jsonl").write_text('{"item_id": "x", "v": [0.5]}\n{"item_id": "y", "v": "soon"}\n')
     (at / "good.csv").write_text(TEXT_AT_LINE_4.replace("soon", "3"))
     line = refused(capsys, [at], "prepare", source=source, out="out", **flags)
     assert [part for part in named if part not in line] == []

@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
 from dynrec_jax.compile.measure import Program
+from dynrec_jax.config import describes_items
+from dynrec_jax.errors import ConfigError
 from dynrec_jax.evaluate.evaluator import LIST_LENGTH
 from dynrec_jax.evaluate.recommender import Recommender, seen_width
-from dynrec_jax.models.bstm import MODELS, Bstm
-from dynrec_jax.models.item_encoder import ID_TABLE
+from dynrec_jax.models.bstm import Bstm, make_bstm
+from dynrec_jax.models.towers.ids import ID_TABLE
 from dynrec_jax.parallel import capacity
 from dynrec_jax.parallel.blocks import PEER_AXES, TWIN_AXES
 from dynrec_jax.parallel.exchange import Exchange
@@ -24,7 +26,7 @@ from dynrec_jax.parallel.table import rows_for, rows_of
 from dynrec_jax.train.loop import step_arguments
 from dynrec_jax.train.plan import exchange_of_zipf
 from dynrec_jax.train.state import TrainState, abstract_state
-from dynrec_jax.train.step import CompiledStep
+from dynrec_jax.train.step import CompiledStep, Inputs
 from dynrec_jax.train.table_part import trace_dense, trace_rows
 
 
@@ -66,8 +68,18 @@ class Plan(NamedTuple):
 
 
 def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan:
-    """What training would start from, as shapes and places alone; rows are exchanged as Zipf-1.0 ids need it."""
-    model = MODELS[config.model.name](config, items)
+    """What training would start from, as shapes and places alone; rows are exchanged as Zipf-1.0 ids need it.
+
+    Raises:
+      ConfigError: items are more than their ids, which without a dataset cannot be planned.
+    """
+    if describes_items(config):
+        raise ConfigError(
+            f"config.item.fusion: {config.item.fusion!r} needs a dataset's items, and a plan has none; use id, and add "
+            "what the towers hold of an item"
+        )
+    model = make_bstm(config, items)
+    assert isinstance(model, Bstm)
     fixed = step_arguments(config, model, mesh, None)
     state, places = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh)
     plan = Plan(config, items, mesh, model, state, places, None, 1.0)
@@ -80,7 +92,7 @@ def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan
 def held_beside_lists(plan: Plan) -> int:
     """Bytes of a device that a run holds while it evaluates: the optimizers' state, and vectors that are no table."""
     kept = plan.state.opt_state, plan.state.row_state
-    leaves = jax.tree.leaves(kept if plan.model.table_is_catalogue else (kept, plan.state.tables))
+    leaves = jax.tree.leaves((kept, plan.state.tables) if plan.model.normalises else kept)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
@@ -92,11 +104,11 @@ def step_program(plan: Plan) -> Program:
     step = CompiledStep(plan.mesh, plan.places, **{**fixed, "settings": settings})
     batch = Batch(*[_ints(*plan.shape)] * len(Batch._fields))
     counted = plan.model.sampled and settings.sampling.by_counts
-    running = _ints(rows_for(plan.items)) if counted else None
+    running: Any = _ints(rows_for(plan.items)) if counted else None
     parts = max(plan.config.train.accumulation, 1)
     traversals = bool(plan.model.forward_weight) + bool(plan.model.backward_weight)  # scored together
     held = plan.shape[0] // row_pieces(plan.mesh) // parts * (plan.shape[1] - 1) * traversals
-    return _program("train step", plan, step.trace(plan.state, batch, running), plan.rounds, held)
+    return _program("train step", plan, step.trace(plan.state, Inputs(batch, running)), plan.rounds, held)
 
 
 def table_program(plan: Plan) -> Program:
@@ -123,7 +135,7 @@ def encode_program(plan: Plan) -> Program:
     """The first half of evaluation's and scoring's batch of lists: histories become vectors."""
     shape = plan.users, plan.config.data.max_length
     items = _ints(*shape, sharding=sharding(plan.mesh, "batch", None))
-    traced = _recommender(plan).trace_encode(plan.state.params, plan.state.tables, items)
+    traced = _recommender(plan).trace_encode(plan.state.params, plan.state.tables[ID_TABLE], items)
     return _program("encode", plan, traced, lookup_rounds(plan, shape))
 
 

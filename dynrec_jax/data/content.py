@@ -16,7 +16,7 @@ class ColumnHash:
         self._parts = [hashlib.sha256() for _ in range(4)]
 
     def update(self, column: pa.Array | pa.ChunkedArray) -> None:
-        """Adds values: strings, integers, or lists of integers, each of which may be null."""
+        """Adds values: strings, integers, or lists of strings, integers or float32, each of which may be null."""
         for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
             null, length, value, leaf = self._parts
             null.update(pc.is_null(chunk).cast(pa.uint8()).to_numpy().tobytes())
@@ -24,13 +24,21 @@ class ColumnHash:
                 length.update(
                     pc.fill_null(pc.list_value_length(chunk), 0).cast(pa.int64()).to_numpy().tobytes()
                 )
-                leaf.update(pc.list_flatten(chunk).cast(pa.int64()).to_numpy().tobytes())
+                leaves = pc.list_flatten(chunk)
+                if pa.types.is_string(leaves.type):
+                    self._strings(leaves, leaf)
+                else:
+                    kind = pa.float32() if pa.types.is_floating(leaves.type) else pa.int64()
+                    leaf.update(leaves.cast(kind).to_numpy().tobytes())
             elif pa.types.is_string(chunk.type):
-                filled = pc.fill_null(chunk, "")
-                length.update(pc.binary_length(filled).cast(pa.int64()).to_numpy().tobytes())
-                value.update("".join(filled.to_pylist()).encode())
+                self._strings(pc.fill_null(chunk, ""), length)
             else:
                 value.update(pc.fill_null(chunk, 0).cast(pa.int64()).to_numpy().tobytes())
+
+    def _strings(self, texts: pa.Array, length: hashlib._Hash) -> None:
+        """Adds strings, and their lengths to the part that is given."""
+        length.update(pc.binary_length(texts).cast(pa.int64()).to_numpy().tobytes())
+        self._parts[2].update("".join(texts.to_pylist()).encode())
 
     def digest(self) -> bytes:
         """Digest of all values so far."""
@@ -56,7 +64,16 @@ class TableHash:
         return whole.hexdigest()
 
 
-def content_hash(shards: list[str], items: str, event_types: list[str]) -> str:
-    """Hash of a dataset: its shards' hashes in order (so their number too), its items and its event types."""
-    logical = {"shards": shards, "items": items, "event_types": event_types}
+def content_hash(shards: list[str], items: str, event_types: list[str], triples: str | None = None) -> str:
+    """Hash of a dataset.
+
+    Args:
+      shards: Hashes of the shards in order (so their number counts too).
+      items: Hash of the items.
+      event_types: Names of event types.
+      triples: Hash of the triples; None where there are none.
+    """
+    logical: dict[str, object] = {"shards": shards, "items": items, "event_types": event_types}
+    if triples is not None:
+        logical["triples"] = triples
     return hashlib.sha256(json.dumps(logical, sort_keys=True).encode()).hexdigest()

@@ -13,11 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dynrec_jax.data.kinds import TEXT
 from dynrec_jax.errors import DataError
 
 FORMAT = 1
 INFO = "dataset.json"
 ITEMS = "items/part-00000-of-00001.parquet"
+TRIPLES = "triples/part-00000-of-00001.parquet"
 AGAIN = "prepare the dataset again"
 # What every reader of `info` may rely on.
 KEYS = {
@@ -101,9 +103,29 @@ class Dataset:
         """
         return self._read(shard_file(shard, self.shards))
 
+    @property
+    def item_column_kinds(self) -> dict[str, str]:
+        """Kind of each of the items' columns, in their order.
+
+        `text` is a string, `set` a list of different strings, `vector` a list of float32 of one length in all rows;
+        each is null where an item has none. Folders of earlier versions do not tell: all their columns are text.
+        """
+        kinds = self.info.get("item_column_kinds", {})
+        return {name: kinds.get(name, TEXT) for name in self.info["item_columns"]}
+
     def items_table(self) -> pa.Table:
-        """index, item_id and the items' columns, by index."""
+        """index, item_id and the items' columns, by index; `item_column_kinds` says what they hold."""
         return self._items
+
+    def triples(self) -> pa.Table | None:
+        """The knowledge graph: head, relation and tail as strings, each triple once, sorted; None without one.
+
+        A head or a tail that is an item id is that item, any other word an entity of its own.
+
+        Raises:
+          DataError: The file is missing or damaged.
+        """
+        return self._read(TRIPLES) if TRIPLES in self.info["files"] else None
 
     def item_ids(self) -> pa.Array:
         """Item ids as strings; position i - 1 is item i."""

@@ -146,11 +146,11 @@ def window_ends(seed: int, drawn: Draws, train_end_B: np.ndarray, size: int, win
     if windows == "last":
         return train_end_B
     room_B = np.maximum(train_end_B - size, 0).astype(np.uint64) + np.uint64(1)
-    back_B = _splitmix(drawn.number.astype(np.uint64) ^ _splitmix(np.uint64(seed) + np.uint64(1))) % room_B
+    back_B = splitmix(drawn.number.astype(np.uint64) ^ splitmix(np.uint64(seed) + np.uint64(1))) % room_B
     return train_end_B - back_B.astype(np.int64)
 
 
-def _splitmix(x: np.ndarray | np.uint64) -> np.ndarray:
+def splitmix(x: np.ndarray | np.uint64) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele et al. 2014): neighbouring numbers to unrelated ones."""
     with np.errstate(over="ignore"):
         x = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)

@@ -5,8 +5,8 @@ Built on Grain: reading ahead in threads, and a position that is one integer. Th
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import grain
 import ml_collections
@@ -14,7 +14,8 @@ import numpy as np
 
 from dynrec_jax.batch import Batch
 from dynrec_jax.data import examples
-from dynrec_jax.data.cache import Histories
+from dynrec_jax.data.cache import Histories, Windows
+from dynrec_jax.data.cold import cold_items, without
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.data.packing import add_rows, first_fit, pack
 from dynrec_jax.errors import ConfigError, DataError
@@ -110,6 +111,8 @@ class BatchSource:
         self.trained_users = len(self._user)
         self.filled = float((self._count[part::parts] > 0).mean())
         self.width = config.data.max_length + 1
+        share = config.data.cold_items
+        self._cold = cold_items(self.items, share) if share else None
         self._multiple = math.lcm(multiple * max(config.train.accumulation, 1), 8)
         self.rows = self.needed(range(min(PLANNED_STEPS, len(self))))
 
@@ -117,6 +120,14 @@ class BatchSource:
         """Rows that hold this part of each of some batches."""
         rows = max((first_fit(self._draw(step)[3], self.width)[2] for step in steps), default=0)
         return max(-(-rows // self._multiple), 1) * self._multiple
+
+    def sizes(self, step: int) -> list[int]:
+        """Rows of this part of a step's batch."""
+        return [max(self.rows, self.needed(range(step, step + 1)))]
+
+    def grown(self, batch: Batch, sizes: Sequence[int]) -> Batch:
+        """The batch with empty rows up to `sizes`."""
+        return add_rows(batch, sizes[0])
 
     def __len__(self) -> int:
         return int(self._config.train.steps)
@@ -138,10 +149,32 @@ class BatchSource:
         """This part of the batch of a step."""
         numbers_B, users_B, ends_B, lengths_B = self._draw(int(step))
         windows = self._histories.windows(users_B, ends_B, self.width)
+        if self._cold is not None:
+            place_BxW, lengths_B = without(windows.items, lengths_B, self._cold)
+            inside = np.arange(self.width) < lengths_B[:, None]
+            windows = Windows(
+                *(np.where(inside, np.take_along_axis(values, place_BxW, axis=1), 0) for values in windows)
+            )
         return pack(windows, lengths_B, numbers_B, self.rows, self._multiple)
 
 
-def batches(source: BatchSource, start: int, prefetch: int) -> Iterator[Batch]:
+class Source(Protocol):
+    """Random access to what each step reads, as `BatchSource` gives it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: Any) -> Any: ...
+
+    def sizes(self, step: int) -> list[int]:
+        """Sizes of a step's arrays that all parts of a batch must have in common."""
+        ...
+
+    def grown(self, element: Any, sizes: Sequence[int]) -> Any:
+        """A step's arrays, filled up to these sizes."""
+        ...
+
+
+def batches(source: Source, start: int, prefetch: int) -> Iterator[Any]:
     """The training batches from step `start` on, assembled ahead in threads."""
     dataset = grain.MapDataset.source(source)[start:]
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
@@ -149,9 +182,9 @@ def batches(source: BatchSource, start: int, prefetch: int) -> Iterator[Batch]:
 
 
 def agreed(
-    source: BatchSource, stream: Iterator[Batch], start: int, exchange: Callable[[list[int]], list[list[int]]]
-) -> Iterator[Batch]:
-    """The stream with as many rows as the part of a batch that needs most, which only an exchange can tell.
+    source: Source, stream: Iterator[Any], start: int, exchange: Callable[[list[Any]], list[list[Any]]]
+) -> Iterator[Any]:
+    """The stream in the sizes of the part of a batch that needs most, which only an exchange can tell.
 
     It is made for `PLANNED_STEPS` steps at once, and at steps that do not depend on `start`.
 
@@ -159,10 +192,10 @@ def agreed(
       source: where `stream` comes from.
       stream: this process's parts of the batches from step `start` on.
       start: the first step.
-      exchange: the rows that this part needs -> those that each part needs.
+      exchange: the sizes that this part needs -> those that each part needs.
     """
     for first in range(start // PLANNED_STEPS * PLANNED_STEPS, len(source), PLANNED_STEPS):
         steps = range(max(first, start), min(first + PLANNED_STEPS, len(source)))
-        own = [max(source.rows, source.needed(range(step, step + 1))) for step in steps]
-        for rows in np.max(exchange(own), axis=0):
-            yield add_rows(next(stream), int(rows))
+        own = [source.sizes(step) for step in steps]
+        for sizes in np.max(exchange(own), axis=0):
+            yield source.grown(next(stream), sizes.tolist())

@@ -22,9 +22,12 @@ from dynrec_jax.data.dataset import FORMAT, INFO, Dataset, file_sha256, open_dat
 from dynrec_jax.data.engine import engine
 from dynrec_jax.data.faults import machine_faults
 from dynrec_jax.data.folder import new_folder
+from dynrec_jax.data.graph import write_triples
+from dynrec_jax.data.kinds import PLACE
 from dynrec_jax.data.sources import SOURCES, split_source
 from dynrec_jax.data.sources.items import read_items
 from dynrec_jax.data.sources.source import Columns, Job, Source
+from dynrec_jax.data.sources.triples import read_triples
 from dynrec_jax.data.write import GROUP_EVENTS, logical, time_span, write_interactions, write_items
 from dynrec_jax.errors import ConfigError, DataError
 
@@ -39,8 +42,10 @@ class PrepareOptions:
     Attributes:
       source: KIND:PATH.
       out: The folder to write; must not exist.
-      items: A CSV, Parquet or JSON lines file with a column item_id; None leaves the source's own items.
+      items: What describes items: CSV, Parquet or JSON lines with a column item_id, or what else `read_items` knows;
+        None leaves the source's own. Of several rows of an item the first counts, later ones give what it lacks.
       text_columns: Columns of the items to keep; empty keeps all.
+      triples: A CSV, TSV or Parquet file of a knowledge graph: head, relation, tail; None is without one.
       columns: Names of the source's columns where they are not the usual ones.
       filters: What to take away.
       ties: `source` or `random:SEED`: how events of one user at the same time are ordered.
@@ -54,6 +59,7 @@ class PrepareOptions:
     out: str | Path
     items: str | Path | None = None
     text_columns: tuple[str, ...] = ()
+    triples: str | Path | None = None
     columns: Columns = field(default_factory=Columns)
     filters: Filters = field(default_factory=Filters)
     ties: str = "source"
@@ -83,7 +89,13 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Dataset:
             work = folder / "work"
             work.mkdir()
             with engine(work, options.memory) as con:
-                source = SOURCES[kind](Job(con, path, options.columns, key, work))
+                job = Job(con, path, options.columns, key, work, own_items=options.items is None)
+                source = SOURCES[kind](job)
+                if source.ordered_ties and tie_seed is not None:
+                    raise ConfigError(
+                        f"--ties={options.ties}: a {kind} source has events at the same time in the order in which "
+                        "they happened; leave the flag out"
+                    )
                 info, cleaned, ties = build(con, source, options, folder, tie_seed)
             shutil.rmtree(work)
             info["pseudonymised"] = key is not None
@@ -133,6 +145,7 @@ def build(
 ) -> tuple[dict[str, Any], Cleaned, Ties]:
     """Cleans and writes the Parquet files; gives what dataset.json says, but for the files' own facts."""
     described, columns = choose_items(con, source, options)
+    raw_triples = None if options.triples is None else read_triples(con, Path(options.triples))
     cleaned = clean(con, source, options.filters)
     times, types = source.has_times, source.has_events
     ties = find_ties(cleaned.events) if times else Ties(0, 0)
@@ -143,7 +156,11 @@ def build(
         items, counts = catalogue.with_columns(con, items, described, columns)
         dropped |= counts
     shard_hashes = write_interactions(folder, made, options.shards, times, types, options.group_events)
-    items_hash = write_items(con, folder, items, columns)
+    kinds = catalogue.kinds_of(items, columns)
+    items_hash = write_items(con, folder, items, kinds)
+    triples_hash, about_triples = None, None
+    if raw_triples is not None:
+        triples_hash, about_triples = write_triples(con, folder, raw_triples, items, str(options.triples))
     info = {
         "format": FORMAT,
         "counts": {"users": made.users, "items": made.item_count, "events": sum(made.shard_events.values())},
@@ -158,8 +175,11 @@ def build(
         **time_span(cleaned.events),
         "event_types": made.event_types,
         "item_columns": columns,
-        "content": content_hash(shard_hashes, items_hash, made.event_types),
+        "item_column_kinds": kinds,
+        "content": content_hash(shard_hashes, items_hash, made.event_types, triples_hash),
     }
+    if about_triples is not None:
+        info["triples"] = about_triples
     return info, cleaned, ties
 
 
@@ -168,7 +188,7 @@ def choose_items(con: Backend, source: Source, options: PrepareOptions) -> tuple
     if options.items is not None:
         return read_items(con, Path(options.items), options.text_columns)
     if source.items is not None:
-        found = [name for name in source.items.columns if name != "place"]
+        found = [name for name in source.items.columns if name != PLACE]
         return source.items, catalogue.chosen_columns(source.name, found, options.text_columns)
     if options.text_columns:
         raise DataError(
@@ -219,7 +239,16 @@ def report_lines(dataset: Dataset, ties: Ties) -> Iterator[str]:
     if without := info["dropped"].get("items_without_row"):
         yield f"{without:,} items are not described: no row has their item_id"
     if repeated := info["dropped"].get("item_rows_repeated"):
-        yield f"{repeated:,} rows that describe an item again were left out"
+        yield f"{repeated:,} rows that describe an item again gave only what the rows before them lack"
+    if kinds := dataset.item_column_kinds:
+        yield "items have " + ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+    if without := info["dropped"].get("items_without_text"):
+        yield f"{without:,} items have no text: all their columns of text are empty"
+    if graph := info.get("triples"):
+        yield (
+            f"{graph['count']:,} triples of {len(graph['relations']):,} relations, {graph['duplicates']:,} repeats "
+            f"left out; {graph['items']:,} items and {graph['entities']:,} other entities are in them"
+        )
     if info["ties"] == "item_sorted":
         yield (
             f"note: {ties.ascending:,} of {ties.count:,} ties ascend by item: the source is sorted by item, "

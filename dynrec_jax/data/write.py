@@ -19,6 +19,7 @@ from dynrec_jax.data.clean import rows
 from dynrec_jax.data.content import TableHash
 from dynrec_jax.data.dataset import ITEMS, shard_file
 from dynrec_jax.data.engine import stream
+from dynrec_jax.data.kinds import ARROW
 from dynrec_jax.errors import DataError
 
 # Sequences are collected for as many shards at a time as hold this many events (one at least): collecting
@@ -164,14 +165,24 @@ def write_interactions(
     return hashes
 
 
-def write_items(con: Backend, folder: Path, items: ir.Table, columns: list[str]) -> str:
-    """Writes the items by index, their columns as strings; gives their hash."""
-    (folder / "items").mkdir()
-    names = ["index", "item_id", *columns]
-    schema = pa.schema([("index", pa.int32()), *((name, pa.string()) for name in names[1:])])
-    digest = TableHash(names)
-    with pq.ParquetWriter(folder / ITEMS, schema, compression="zstd") as writer:
-        for batch in stream(con, items.select(names).order_by("index")):
+def write_items(con: Backend, folder: Path, items: ir.Table, kinds: dict[str, str]) -> str:
+    """Writes the items by index, their columns as their kinds say; gives their hash."""
+    schema = pa.schema(
+        [
+            ("index", pa.int32()),
+            ("item_id", pa.string()),
+            *((name, ARROW[kind]) for name, kind in kinds.items()),
+        ]
+    )
+    return write_rows(con, folder / ITEMS, items.select(schema.names).order_by("index"), schema)
+
+
+def write_rows(con: Backend, file: Path, table: ir.Table, schema: pa.Schema) -> str:
+    """Streams an ordered relation into a Parquet file in a new folder; gives the hash of its rows."""
+    file.parent.mkdir()
+    digest = TableHash(schema.names)
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for batch in stream(con, table):
             part = batch.cast(schema)
             writer.write_batch(part)
             digest.update(part)

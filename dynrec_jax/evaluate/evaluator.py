@@ -8,12 +8,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dynrec_jax.data.cache import Histories
+from dynrec_jax.data.cold import cold_items
 from dynrec_jax.data.examples import NONE, Splits
 from dynrec_jax.data.pipeline import time_cuts
 from dynrec_jax.errors import ConfigError, DataError
 from dynrec_jax.evaluate.metrics import Coverage, rank_counts, ranking_metrics, ranks
 from dynrec_jax.evaluate.recommender import Lists, Recommender, fixed_lists, groups
-from dynrec_jax.models.bstm import Bstm
+from dynrec_jax.models.bstm import Model
+from dynrec_jax.models.features import Items
 from dynrec_jax.parallel.mesh import sum_of_parts
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.table import in_rows, rows_for
@@ -64,12 +66,13 @@ class Evaluator:
         histories: Histories,
         splits: Splits,
         which: str,
-        model: Bstm,
+        model: Model,
         config: ml_collections.ConfigDict,
         mesh: Mesh,
         processes: Processes = ALONE,
+        items: Items | None = None,
     ):
-        """`histories` and `splits` are those of this process's shards.
+        """`histories` and `splits` are those of this process's shards; `items` as `Recommender` takes them.
 
         Raises:
           ConfigError: a metric is of longer lists than there are.
@@ -84,7 +87,7 @@ class Evaluator:
         self.ks = measured_ks(config, self._items)
         k = min(LIST_LENGTH, self._items)
         self.recommender = Recommender(
-            model, mesh, config.evaluation.batch_size, k, config.evaluation.filter_seen, processes
+            model, mesh, config.evaluation.batch_size, k, config.evaluation.filter_seen, processes, items
         )
         ends_U = asked(splits, which)
         self.users_U = np.nonzero(ends_U != NONE)[0]
@@ -123,13 +126,29 @@ class Evaluator:
             result[name] = self.metrics_of(lists)
         return result
 
-    def metrics_of(self, lists: Callable[..., Lists]) -> dict[str, float]:
-        """Metrics of what a function (histories, users, ends) -> Lists recommends."""
+    def cold(self, lists: Callable[..., Lists]) -> dict[str, float]:
+        """How items are found that no training history has: metrics of the users whose target is one, and `users`.
+
+        Empty where the config keeps no items apart, or nobody is asked for one.
+        """
+        share = self._config.data.cold_items
+        if not share:
+            return {}
+        only_U = cold_items(self._items, share)[self.targets_U]
+        users = self._in_all(int(only_U.sum()))
+        return {"users": users, **self.metrics_of(lists, only_U)} if users else {}
+
+    def metrics_of(self, lists: Callable[..., Lists], only_U: np.ndarray | None = None) -> dict[str, float]:
+        """Metrics of what a function (histories, users, ends) -> Lists recommends; to some users alone, if told so."""
         k = self.recommender.k
         counts, coverage = np.zeros(k + 1, np.int64), Coverage(self._items, self.ks)
         for part in self._parts:
-            made = lists(self._histories, self.users_U[part], self.ends_U[part])
-            counts += rank_counts(ranks(made.ids, self.targets_U[part]), k)
+            users, ends, targets = self.users_U[part], self.ends_U[part], self.targets_U[part]
+            if only_U is not None:
+                chosen = only_U[part]
+                users, ends, targets = users[chosen], ends[chosen], targets[chosen]
+            made = lists(self._histories, users, ends)
+            counts += rank_counts(ranks(made.ids, targets), k)
             coverage.add(made.ids)
         counts = self._sum(counts)
         shown = self._sum(np.stack(list(coverage.shown.values())).astype(np.int64)) > 0
@@ -145,6 +164,7 @@ class Evaluator:
             "ranked": "whole catalogue",
             "filter_seen": bool(self._config.evaluation.filter_seen),
             "query_time": False,
+            "cold_items": float(self._config.data.cold_items),
             "list_length": self.recommender.k,
             "equal_scores": "lowest item index first",
             "targets_in_history": self._in_all(self._targets_in_history()),
@@ -182,6 +202,7 @@ def popularity_counts(
     """
     share = config.evaluation.recent
     result = {"popularity": histories.item_counts(splits.train_end)}
+    cold_N = cold_items(histories.dataset.items, config.data.cold_items)
     dataset = histories.dataset
     if dataset.has_times:
         quantiles = dataset.info["time_quantiles"]
@@ -197,4 +218,4 @@ def popularity_counts(
     else:
         recent_U = np.maximum(np.ceil(splits.train_end * share).astype(np.int64), 1)
         result["recent_popularity"] = histories.item_counts(splits.train_end, splits.train_end - recent_U)
-    return result
+    return {name: np.where(cold_N, 0, counts) for name, counts in result.items()}

@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.errors import NonFiniteError
-from dynrec_jax.models.bstm import Bstm
-from dynrec_jax.models.item_encoder import ID_TABLE
+from dynrec_jax.models.bstm import Model
+from dynrec_jax.models.features import Items, described_rows
+from dynrec_jax.models.towers.ids import ID_TABLE
 from dynrec_jax.parallel.mesh import Feed, feed, own_rows, place_rows, place_same
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.rules import constrain, sharding
-from dynrec_jax.parallel.table import lookup
+from dynrec_jax.parallel.table import lookup, rows_for
 from dynrec_jax.parallel.topk import top_k
 
 GROUP_USERS = 4096  # users of a group at most: one output file, one unit of restarting
@@ -90,14 +91,20 @@ class Recommender:
 
     def __init__(
         self,
-        model: Bstm,
+        model: Model,
         mesh: Mesh,
         batch_size: int,
         k: int,
         filter_seen: bool,
         processes: Processes = ALONE,
+        items: Items | None = None,
     ):
-        """`batch_size` is that of all processes together, rounded up to what divides over the devices."""
+        """`batch_size` is that of all processes together, rounded up to what divides over the devices.
+
+        `items` says what describes them; None where they are their ids.
+        """
+        self._items = Items(model.abra.items) if items is None else items
+        self._features: dict[str, jax.Array] | None = None
         self._model = model
         self.mesh = mesh
         self._filter_seen = filter_seen
@@ -105,15 +112,20 @@ class Recommender:
         self.k = k
         self.own: Feed = feed(mesh, processes.index)
         self._batch_size = -(-batch_size // (self.own.parts * self.own.pieces)) * self.own.pieces
-        self._catalogue = jax.jit(model.catalogue)
+        self._catalogue = jax.jit(self._item_vectors)
+        self._ready = jax.jit(model.ready)
         self._finite = jax.jit(lambda table_RxD: jnp.isfinite(table_RxD).all())
         self._encode = jax.jit(self._user_vectors)
         self._rank = jax.jit(self._best)
         self._widths = widths(model.max_length)
 
-    def _user_vectors(self, params: Any, tables: Any, items_BxL: Any) -> jax.Array:
-        rows_BxLxD = lookup(tables[ID_TABLE], items_BxL)
-        return constrain(self._model.last_vector(params, rows_BxLxD, items_BxL), "batch", None)
+    def _item_vectors(self, params: Any, tables: Any, known: Any) -> jax.Array:
+        described = described_rows(known, tables, rows_for(self._model.abra.items))
+        return constrain(self._model.catalogue(params, described), "items", None)
+
+    def _user_vectors(self, params: Any, vectors_RxD: Any, items_BxL: Any) -> jax.Array:
+        v_BxLxD = lookup(vectors_RxD, items_BxL)
+        return constrain(self._model.last_vector(params, v_BxLxD, items_BxL), "batch", None)
 
     def _best(self, u_BxD: Any, table_RxD: Any, seen_BxM: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         q_BxD = self._model.abra.query(u_BxD, table_RxD)
@@ -121,10 +133,10 @@ class Recommender:
         finite = jnp.isfinite(q_BxD).all() & ~jnp.isnan(scores).any()
         return constrain(ids, "batch", None), constrain(scores, "batch", None), finite
 
-    def trace_encode(self, params: Any, tables: Any, items_BxL: Any) -> jax.stages.Traced:
+    def trace_encode(self, params: Any, vectors_RxD: Any, items_BxL: Any) -> jax.stages.Traced:
         """The program that reads histories, for shapes, to be counted and compiled ahead of time."""
         with jax.set_mesh(self.mesh):
-            return self._encode.trace(params, tables, items_BxL)
+            return self._encode.trace(params, vectors_RxD, items_BxL)
 
     def trace_rank(self, u_BxD: Any, table_RxD: Any, seen_BxM: Any) -> jax.stages.Traced:
         """The program that ranks the catalogue, for shapes."""
@@ -137,17 +149,30 @@ class Recommender:
         Raises:
           NonFiniteScores: an item vector is not finite; the function raises it for users' vectors and scores.
         """
+        vectors_RxD, table_RxD = self.vectors(params, tables)
         with jax.set_mesh(self.mesh):
-            table_RxD = tables[ID_TABLE]
-            if not self._model.table_is_catalogue:
-                table_RxD = self._catalogue(params, tables)
             if not bool(self._finite(table_RxD)):
                 raise NonFiniteScores("item vectors are not finite")
 
         def batch(items_BxL: jax.Array, seen_BxM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            return self._rank(self._encode(params, tables, items_BxL), table_RxD, seen_BxM)
+            return self._rank(self._encode(params, vectors_RxD, items_BxL), table_RxD, seen_BxM)
 
         return functools.partial(self.run, batch)
+
+    def vectors(self, params: Any, tables: Any) -> tuple[jax.Array, jax.Array]:
+        """Item vectors [R, D], as the user encoder reads them and as ABRA scores them; often the same array."""
+        if self._model.rows_are_vectors:
+            vectors_RxD = tables[ID_TABLE]
+        else:
+            if self._features is None:
+                self._features = self._items.place(self.mesh)
+            known = {**self._features, **self._items.encoded(params, self.mesh)}
+            with jax.set_mesh(self.mesh):
+                vectors_RxD = self._catalogue(params, tables, known)
+        if not self._model.normalises:
+            return vectors_RxD, vectors_RxD
+        with jax.set_mesh(self.mesh):
+            return vectors_RxD, self._ready(vectors_RxD)
 
     def run(self, batch: Batch, source: HistorySource, users_U: np.ndarray, ends_U: np.ndarray) -> Lists:
         """Cuts users into batches of similar length, short histories first, and puts the lists in order.

@@ -6,6 +6,7 @@ Prediction uses the forward traversal alone.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,10 @@ from dynrec_jax import losses
 from dynrec_jax.batch import PAD, Batch
 from dynrec_jax.models.abra import Abra, Recommendation
 from dynrec_jax.models.attention import Direction
-from dynrec_jax.models.item_encoder import ID_TABLE, ItemEncoder, init_tables
+from dynrec_jax.models.item_encoder import ItemEncoder, init_tables
+from dynrec_jax.models.text_encoder import BERT, Text, TextEncoder
+from dynrec_jax.models.towers.ids import ID_TABLE, INDEX, SEEN, IdTower
+from dynrec_jax.models.towers.tower import Described, Tower
 from dynrec_jax.models.user_encoder import Moments, UserEncoder, moments
 from dynrec_jax.negatives import Negatives
 
@@ -25,17 +29,19 @@ Array = jax.Array
 
 
 class Rows(NamedTuple):
-    """Table rows that the step looked up for a batch; the loss is a function of (params, rows).
+    """What the step looked up for a batch; the loss is a function of (params, rows).
+
+    Each is a dict of arrays by name: rows of the id table, and what else describes the items.
 
     Attributes:
-      items: float[B, L + 1, D], of `Batch.items`.
-      catalogue: float[R, D], the whole table where the loss needs it; otherwise None.
-      negatives: float[K, D] where the loss is sampled; otherwise None.
+      items: [B, L + 1, width] each, of `Batch.items`.
+      catalogue: [R, width] each, of the whole table where the loss needs it; otherwise None.
+      negatives: [K, width] each where the loss is sampled; otherwise None.
     """
 
-    items: Array
-    catalogue: Array | None = None
-    negatives: Array | None = None
+    items: Described
+    catalogue: Described | None = None
+    negatives: Described | None = None
 
 
 class Towers(nn.Module):
@@ -45,16 +51,24 @@ class Towers(nn.Module):
     item: ItemEncoder
 
     def __call__(
-        self, rows_BxLxD: Array, at: Moments, direction: Direction = "forward", read_B: Array | None = None
+        self, v_BxLxD: Array, at: Moments, direction: Direction = "forward", read_B: Array | None = None
     ) -> Array:
-        """User vectors `[B, L, D]` from the rows of a history's items, or `[B, 1, D]`, those of `read` alone."""
-        v_BxLxD = self.item(rows_BxLxD)
+        """User vectors `[B, L, D]` from the vectors of a history's items, or `[B, 1, D]`, those of `read` alone."""
         # Rows have about unit length; the encoder's residual stream wants about unit elements.
         return self.user(v_BxLxD * v_BxLxD.shape[-1] ** 0.5, at, direction, read_B)
 
-    def items(self, rows: Array) -> Array:
-        """Item vectors `[..., D]` from table rows."""
-        return self.item(rows)
+    def items(self, described: Described, key: Array | None = None) -> Array:
+        """Item vectors `[..., D]`."""
+        return self.item(described, key)
+
+    def aligned(self, described: Described) -> tuple[Array, Array, Array]:
+        """Of items: the id's vector, the other towers', both `[..., D]`, and whether there are both, `[..., 1]`."""
+        (own, known), (content, there) = self.item.apart(described)
+        return own, content, known & there
+
+    def everything(self, described: Described, at: Moments) -> Array:
+        """Uses all weights, so that they can be made."""
+        return self(self.items(described), at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +84,9 @@ class Bstm:
       calibration: gBCE's t.
       forward_weight: weight of the forward traversal in the loss.
       backward_weight: weight of the backward traversal; 0 leaves it out.
+      alignment: weight of telling an item's id by its other vector.
+      shapes: of what describes an item besides its id: name, width and type.
+      text: BERT, where it is trained with the rest.
     """
 
     towers: Towers
@@ -80,41 +97,71 @@ class Bstm:
     calibration: float
     forward_weight: float
     backward_weight: float
+    alignment: float = 0.0
+    shapes: tuple[tuple[str, int, str], ...] = ()
+    text: TextEncoder | None = None
 
     @property
     def sampled(self) -> bool:
         """Whether the loss samples negatives instead of using the whole catalogue."""
         return self.loss_kind != "full"
 
-    def init(self, key: Array) -> dict[str, Any]:
-        """Boxed variables `{'params': dense weights, 'tables': {name: [R, D]}}`."""
+    @property
+    def ids(self) -> bool:
+        """Whether there is a table of ids."""
+        return self.towers.item.ids
+
+    def init(self, key: Array, bert: Any = None) -> dict[str, Any]:
+        """Boxed variables `{'params': dense weights, 'tables': {name: [R, D]}}`; BERT's are those given, if any."""
         dense_key, table_key = jax.random.split(key)
-        rows = jnp.zeros((1, self.max_length, self.abra.dim))
-        params = self.towers.init(dense_key, rows, moments(jnp.ones((1, self.max_length), jnp.int32)))
-        return {
-            "params": params.get("params", {}),
-            "tables": init_tables(table_key, self.abra.items, self.abra.dim),
-        }
+        shape = (1, self.max_length)
+        described = {name: jnp.zeros((*shape, width), kind) for name, width, kind in self.shapes}
+        described[INDEX] = jnp.zeros((*shape, 1), jnp.int32)
+        if self.ids:
+            described[ID_TABLE] = jnp.zeros((*shape, self.abra.dim))
+        at = moments(jnp.ones(shape, jnp.int32))
+        params = self.towers.init(dense_key, described, at, method=Towers.everything).get("params", {})
+        if self.text is not None:
+            made = self.text.init(jax.random.fold_in(dense_key, 1))
+            params = {**params, BERT: made if bert is None else nn.meta.replace_boxed(made, bert)}
+        tables = init_tables(table_key, self.abra.items, self.abra.dim) if self.ids else {}
+        return {"params": params, "tables": tables}
+
+    def encode(
+        self, params: Any, text: Text, key: Array | None = None, parts: Sequence[int] | None = None
+    ) -> Array:
+        """Text vectors `[U, E]` of items by their tokens; dropout is on where a `key` is given."""
+        assert self.text is not None
+        return self.text.encode(params[BERT], text, key, parts)
 
     def user_vectors(
-        self, params: Any, rows_BxLxD: Array, at: Moments, direction: Direction = "forward", key: Any = None
+        self, params: Any, v_BxLxD: Array, at: Moments, direction: Direction = "forward", key: Any = None
     ) -> Array:
-        """The interest at every moment, `[B, L, D]`; dropout is on where a `key` is given."""
+        """The interest at every moment, `[B, L, D]`, from item vectors; dropout is on where a `key` is given."""
         rngs = None if key is None else {"dropout": key}
-        return self.towers.apply({"params": params}, rows_BxLxD, at, direction, rngs=rngs)
+        return self.towers.apply({"params": params}, v_BxLxD, at, direction, rngs=rngs)
 
-    def item_vectors(self, params: Any, rows: Array) -> Array:
-        """Vectors of items in ABRA's space from their table rows, `[..., D]`."""
-        return self.abra.unit(self.towers.apply({"params": params}, rows, method=Towers.items))
+    def item_vectors(self, params: Any, described: Described, key: Array | None = None) -> Array:
+        """Vectors of items, `[..., D]`, as the user encoder reads them; with a key, some go without their id."""
+        return self.towers.apply({"params": params}, described, key, method=Towers.items)
 
     @property
-    def table_is_catalogue(self) -> bool:
-        """Whether `catalogue` is the id table as it stands, so that nobody needs to hold a second one."""
-        return not self.abra.normalise
+    def normalises(self) -> bool:
+        """Whether `ready` changes a vector."""
+        return self.abra.normalise
 
-    def catalogue(self, params: Any, tables: dict[str, Array]) -> Array:
-        """All item vectors, `[R, D]`, ready to be scored."""
-        return self.item_vectors(params, tables[ID_TABLE])
+    @property
+    def rows_are_vectors(self) -> bool:
+        """Whether `catalogue` is the id table as it stands, so that nobody needs to hold a second one."""
+        return not self.towers.item.unseen
+
+    def catalogue(self, params: Any, described: Described) -> Array:
+        """All item vectors, `[R, D]`, as the user encoder reads them, from what describes each row."""
+        return self.item_vectors(params, described)
+
+    def ready(self, v: Array) -> Array:
+        """Item vectors as ABRA scores them."""
+        return self.abra.unit(v)
 
     def loss(
         self, params: Any, rows: Rows, batch: Batch, negatives: Negatives | None, key: Array
@@ -125,57 +172,94 @@ class Bstm:
         """
         weights: dict[Direction, float] = {"forward": self.forward_weight, "backward": self.backward_weight}
         keys = dict(zip(weights, jax.random.split(key), strict=True))
+        item_key = jax.random.fold_in(key, 2)
+        v_BxMxD = self.item_vectors(params, rows.items, item_key)
         read = [
-            self._traverse(params, rows, batch, direction, weight, keys[direction])
+            self._traverse(params, v_BxMxD, batch, direction, weight, keys[direction])
             for direction, weight in weights.items()
             if weight
         ]
         at = losses.gather_positions(*(jnp.concatenate(parts, axis=1) for parts in zip(*read, strict=True)))
-        return self._scored(params, rows, at, negatives), jnp.sum(_pairs(batch), dtype=jnp.float32)
+        total = self._scored(params, rows, at, negatives, item_key)
+        if self.alignment:
+            total += self.alignment * self._aligned(params, rows, batch, negatives)
+        return total, jnp.sum(_pairs(batch), dtype=jnp.float32)
 
     def _traverse(
-        self, params: Any, rows: Rows, batch: Batch, direction: Direction, weight: float, key: Array
+        self, params: Any, v_BxMxD: Array, batch: Batch, direction: Direction, weight: float, key: Array
     ) -> tuple[Array, Array, Array, Array]:
         """Of each position of a traversal: the user's vector, the target's vector and index, and its weight."""
         early, late = slice(None, -1), slice(1, None)
         read, predict = (early, late) if direction == "forward" else (late, early)
         positions = batch.positions if direction == "forward" else batch.remaining
         moment = Moments(batch.segments[:, read], positions[:, read])
-        u_BxLxD = self.user_vectors(params, rows.items[:, read], moment, direction, key)
-        vector_BxLxD = self.item_vectors(params, rows.items[:, predict])
+        u_BxLxD = self.user_vectors(params, v_BxMxD[:, read], moment, direction, key)
+        vector_BxLxD = self.ready(v_BxMxD[:, predict])
         return u_BxLxD, vector_BxLxD, batch.items[:, predict], jnp.where(_pairs(batch), weight, 0.0)
 
-    def _scored(self, params: Any, rows: Rows, at: losses.Positions, negatives: Negatives | None) -> Array:
+    def _scored(
+        self, params: Any, rows: Rows, at: losses.Positions, negatives: Negatives | None, key: Array
+    ) -> Array:
         """The loss of some positions."""
         if rows.catalogue is not None:
-            table_RxD = self.item_vectors(params, rows.catalogue)
+            table_RxD = self.ready(self.item_vectors(params, rows.catalogue, key))
+            blocks = self.abra.blocks
+            if SEEN in rows.catalogue:
+                # What comes later is not there yet: nobody may learn that it is never the next one.
+                table_RxD = jnp.where(rows.catalogue[SEEN] > 0, table_RxD, 0.0)
+                blocks = blocks._replace(given=True)
             at = at._replace(query=self.abra.query(at.query, table_RxD, at.number))
-            return losses.full_softmax(at, table_RxD, self.abra.blocks, self.dtype)
+            return losses.full_softmax(at, table_RxD, blocks, self.dtype)
         if rows.negatives is None or negatives is None:
             raise ValueError(
                 "a sampled loss needs rows.negatives and their ids; a full one needs rows.catalogue"
             )
+        if SEEN in rows.negatives:
+            ids_K = jnp.where(rows.negatives[SEEN][:, 0] > 0, negatives.ids, PAD)
+            negatives = negatives._replace(ids=ids_K)
         at = at._replace(query=self.abra.unit(at.query))
-        drawn = self.item_vectors(params, rows.negatives)
+        drawn = self.ready(self.item_vectors(params, rows.negatives, key))
         if self.loss_kind == "gbce":
             return losses.generalised_bce(
                 at, drawn, negatives, self.abra.blocks, self.dtype, self.calibration
             )
         return losses.sampled_softmax(at, drawn, negatives, self.abra.blocks, self.dtype)
 
-    def last_vector(self, params: Any, rows_BxLxD: Array, items_BxL: Array) -> Array:
+    def _aligned(self, params: Any, rows: Rows, batch: Batch, negatives: Negatives | None) -> Array:
+        """How badly the items of a batch are told by what the towers say of them: their id against others' ids."""
+
+        def apart(described: Described) -> tuple[Array, Array, Array]:
+            return self.towers.apply({"params": params}, described, method=Towers.aligned)
+
+        own, content, both = apart(rows.items)
+        weight = jnp.where(both[..., 0] & (batch.segments != 0), 1.0, 0.0)
+        at = losses.gather_positions(self.abra.unit(content), self.abra.unit(own), batch.items, weight)
+        if rows.catalogue is not None:
+            table_RxD = self.abra.unit(_known_ids(rows.catalogue))
+            return losses.full_softmax(at, table_RxD, self.abra.blocks._replace(given=True), self.dtype)
+        assert rows.negatives is not None
+        assert negatives is not None
+        drawn = self.abra.unit(_known_ids(rows.negatives))
+        return losses.sampled_softmax(at, drawn, negatives, self.abra.blocks, self.dtype)
+
+    def last_vector(self, params: Any, v_BxLxD: Array, items_BxL: Array) -> Array:
         """The interest after the last event of each history, `[B, D]`; an empty history gives zeros."""
         length_B = (items_BxL != PAD).sum(axis=1, dtype=jnp.int32)
         last_B = jnp.maximum(length_B - 1, 0)
-        u_Bx1xD = self.towers.apply({"params": params}, rows_BxLxD, moments(items_BxL), read_B=last_B)
+        u_Bx1xD = self.towers.apply({"params": params}, v_BxLxD, moments(items_BxL), read_B=last_B)
         u_BxD = u_Bx1xD[:, 0]
         return jnp.where(length_B[:, None] > 0, u_BxD, 0.0)
 
     def recommend(
-        self, params: Any, rows_BxLxD: Array, items_BxL: Array, table_RxD: Array, seen_BxM: Array, k: int
+        self, params: Any, v_BxLxD: Array, items_BxL: Array, table_RxD: Array, seen_BxM: Array, k: int
     ) -> Recommendation:
-        """ABRA's answer to what comes after each history; `table` is what `catalogue` gives."""
-        return self.abra.recommend(self.last_vector(params, rows_BxLxD, items_BxL), table_RxD, seen_BxM, k)
+        """ABRA's answer to what comes after each history; `table` is `ready` for it."""
+        return self.abra.recommend(self.last_vector(params, v_BxLxD, items_BxL), table_RxD, seen_BxM, k)
+
+
+def _known_ids(described: Described) -> Array:
+    """The ids' rows; one of zeros, of an item that training has not seen, has no gradient and stays as it is."""
+    return IdTower(0.0).apply({}, described)[0]
 
 
 def _pairs(batch: Batch) -> Array:
@@ -183,8 +267,148 @@ def _pairs(batch: Batch) -> Array:
     return (batch.segments[:, :-1] == batch.segments[:, 1:]) & (batch.segments[:, :-1] != 0)
 
 
-def make_bstm(config: ml_collections.ConfigDict, items: int) -> Bstm:
-    """The model that a config describes, for a catalogue of N items."""
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Two models side by side, one of ids and one of the towers, each with its own loss; their scores are summed.
+
+    Everything is there twice, under "id" and "text"; a user's and an item's vectors are those of both, one after the
+    other, so that one product is the sum of both scores: what is served is what was trained. The methods are `Bstm`'s.
+    """
+
+    id: Bstm
+    content: Bstm
+
+    @property
+    def parts(self) -> dict[str, Bstm]:
+        """The models by the name of their weights."""
+        return {"id": self.id, "text": self.content}
+
+    @property
+    def abra(self) -> Abra:
+        """The attention over the summed scores: each part has brought its vectors to unit length itself."""
+        return dataclasses.replace(self.id.abra, normalise=False)
+
+    @property
+    def sampled(self) -> bool:
+        """See `Bstm`."""
+        return self.id.sampled
+
+    @property
+    def max_length(self) -> int:
+        """See `Bstm`."""
+        return self.id.max_length
+
+    ids = True
+
+    @property
+    def normalises(self) -> bool:
+        """See `Bstm`."""
+        return self.id.normalises
+
+    rows_are_vectors = False
+
+    @property
+    def shapes(self) -> tuple[tuple[str, int, str], ...]:
+        """See `Bstm`."""
+        return self.content.shapes
+
+    @property
+    def text(self) -> TextEncoder | None:
+        """See `Bstm`."""
+        return self.content.text
+
+    def init(self, key: Array, bert: Any = None) -> dict[str, Any]:
+        """See `Bstm`."""
+        first, second = jax.random.split(key)
+        own, content = self.id.init(first), self.content.init(second, bert)
+        return {
+            "params": {"id": own["params"], "text": content["params"]},
+            "tables": own["tables"],
+        }
+
+    def encode(
+        self, params: Any, text: Text, key: Array | None = None, parts: Sequence[int] | None = None
+    ) -> Array:
+        """See `Bstm`."""
+        return self.content.encode(params["text"], text, key, parts)
+
+    def loss(
+        self, params: Any, rows: Rows, batch: Batch, negatives: Negatives | None, key: Array
+    ) -> tuple[Array, Array]:
+        """The sum of both losses: each model learns as if it were alone."""
+        totals = [
+            part.loss(params[name], rows, batch, negatives, jax.random.fold_in(key, number))
+            for number, (name, part) in enumerate(self.parts.items())
+        ]
+        return totals[0][0] + totals[1][0], totals[0][1]
+
+    def catalogue(self, params: Any, described: Described) -> Array:
+        """See `Bstm`; `[R, 2 D]`."""
+        return jnp.concatenate([p.catalogue(params[name], described) for name, p in self.parts.items()], -1)
+
+    def ready(self, v: Array) -> Array:
+        """See `Bstm`."""
+        return jnp.concatenate(
+            [p.ready(x) for p, x in zip(self.parts.values(), self._halves(v), strict=True)], -1
+        )
+
+    def user_vectors(self, params: Any, v_BxLxD: Array, at: Moments) -> Array:
+        """See `Bstm`; `[B, L, 2 D]`."""
+        halves = zip(self.parts.items(), self._halves(v_BxLxD), strict=True)
+        return jnp.concatenate(
+            [p.abra.unit(p.user_vectors(params[name], v, at)) for (name, p), v in halves], -1
+        )
+
+    def last_vector(self, params: Any, v_BxLxD: Array, items_BxL: Array) -> Array:
+        """See `Bstm`; `[B, 2 D]`."""
+        halves = zip(self.parts.items(), self._halves(v_BxLxD), strict=True)
+        vectors = [p.abra.unit(p.last_vector(params[name], v, items_BxL)) for (name, p), v in halves]
+        return jnp.concatenate(vectors, -1)
+
+    def recommend(
+        self, params: Any, v_BxLxD: Array, items_BxL: Array, table_RxD: Array, seen_BxM: Array, k: int
+    ) -> Recommendation:
+        """See `Bstm`."""
+        return self.abra.recommend(self.last_vector(params, v_BxLxD, items_BxL), table_RxD, seen_BxM, k)
+
+    @staticmethod
+    def _halves(v: Array) -> list[Array]:
+        return jnp.split(v, 2, axis=-1)
+
+
+Model = Bstm | Ensemble
+
+
+def make_bstm(
+    config: ml_collections.ConfigDict,
+    items: int,
+    towers: Sequence[Tower] = (),
+    text: TextEncoder | None = None,
+) -> Model:
+    """The model that a config describes.
+
+    Args:
+      config: of the run.
+      items: N, the size of the catalogue.
+      towers: what describes the items besides their id, as `towers.read_towers` gives it; none for ids alone.
+      text: BERT, where it is trained with the rest.
+    """
+    fusion = config.item.fusion
+    if fusion == "ensemble":
+        return Ensemble(
+            _bstm(config, items, (), True, unseen=True), _bstm(config, items, towers, False, text)
+        )
+    return _bstm(config, items, towers if fusion != "id" else (), fusion != "text", text)
+
+
+def _bstm(
+    config: ml_collections.ConfigDict,
+    items: int,
+    towers: Sequence[Tower],
+    ids: bool,
+    text: TextEncoder | None = None,
+    unseen: bool = False,
+) -> Bstm:
     m = config.model
     dtype = jnp.dtype(m.dtype)
     user = UserEncoder(
@@ -199,6 +423,14 @@ def make_bstm(config: ml_collections.ConfigDict, items: int) -> Bstm:
         remat=m.remat,
         scan_layers=m.scan_layers,
     )
+    item = ItemEncoder(
+        towers=tuple((tower.name, tower.make) for tower in towers),
+        ids=ids,
+        dim=m.dim,
+        dtype=dtype,
+        id_dropout=config.item.id_dropout,
+        unseen=unseen or bool(towers),
+    )
     abra = Abra(
         dim=m.dim,
         items=items,
@@ -209,7 +441,7 @@ def make_bstm(config: ml_collections.ConfigDict, items: int) -> Bstm:
         block_positions=config.loss.block_positions,
     )
     return Bstm(
-        towers=Towers(user=user, item=ItemEncoder()),
+        towers=Towers(user=user, item=item),
         abra=abra,
         max_length=config.data.max_length,
         dtype=dtype,
@@ -217,6 +449,9 @@ def make_bstm(config: ml_collections.ConfigDict, items: int) -> Bstm:
         calibration=config.loss.calibration,
         forward_weight=m.forward_weight,
         backward_weight=m.backward_weight,
+        alignment=config.loss.alignment,
+        shapes=tuple((name, width, kind) for tower in towers for name, width, kind in tower.shapes),
+        text=text,
     )
 
 

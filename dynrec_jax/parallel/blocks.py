@@ -32,6 +32,7 @@ class Blocks(NamedTuple):
       rows: catalogue rows that a device scores at a time.
       positions: positions that a slice scores at a time, at least one of each device.
       dtype: of matrix products; sums are float32.
+      given: whether rows of zeros are left out as well: items that are not to be had.
     """
 
     items: int
@@ -39,6 +40,7 @@ class Blocks(NamedTuple):
     rows: int = 8192
     positions: int = 512
     dtype: Any = jnp.dtype("float32")
+    given: bool = False
 
 
 class Devices(NamedTuple):
@@ -179,6 +181,8 @@ def scores(u_QxD: Array, cut: Tiles, index: Array, blocks: Blocks) -> Array:
     own_C = cut.start(index) + jnp.arange(cut.size)
     id_C = ids_of(cut.first + own_C, cut.total)
     real_C = (id_C >= 1) & (id_C <= blocks.items) & (own_C >= index * cut.size)
+    if blocks.given:
+        real_C &= jnp.any(v_CxD != 0, axis=1)
     return jnp.where(real_C[None, :], s_QxC, -jnp.inf)
 
 

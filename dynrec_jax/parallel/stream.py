@@ -71,7 +71,7 @@ def _gradients(
     cut = tiles(table, blocks, devices)
     each = devices.each(blocks, u.shape[0])
     u_BxQxD, w_BxQ = split_positions(u, each), split_positions(weight, each)
-    by_itself = cut.number == 1 and not devices.several and table.shape[0] < STRIPED_FROM
+    by_itself = cut.number == 1 and not devices.several and table.shape[0] < STRIPED_FROM and not blocks.given
 
     def block(b: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, du_BxQxD, dv_RxD = carry

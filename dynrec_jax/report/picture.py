@@ -19,7 +19,7 @@ from dynrec_jax.data import synthetic
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.errors import ConfigError, DataError, report_errors
 from dynrec_jax.evaluate.oracle import synthetic_spec
-from dynrec_jax.models.item_encoder import ID_TABLE
+from dynrec_jax.evaluate.recommender import Recommender
 from dynrec_jax.models.user_encoder import moments
 from dynrec_jax.parallel.mesh import row_pieces
 from dynrec_jax.parallel.table import lookup, rows_of
@@ -93,10 +93,17 @@ def _topics(run: Run, column: str | None) -> tuple[list[str], np.ndarray]:
             f"{run.dataset.path}: items have the columns {', '.join(table.column_names)}; name one with --column"
         )
     separator = SEPARATORS.get(name, r"\||, ")
-    first = [re.split(separator, str(value or "unknown"))[0] for value in table.column(name).to_pylist()]
+    first = [_first(value, separator) for value in table.column(name).to_pylist()]
     names = sorted(set(first))
     place = {topic: i for i, topic in enumerate(names)}
     return names, np.array([place[topic] for topic in first])
+
+
+def _first(value: Any, separator: str) -> str:
+    """The first of a cell's values, which are a set or written one after the other."""
+    if isinstance(value, list):
+        return str(value[0]) if value else "unknown"
+    return re.split(separator, str(value or "unknown"))[0]
 
 
 def _choose(run: Run, histories: Histories, user: str | None) -> int:
@@ -113,11 +120,13 @@ def _inferred(run: Run, items_1xL: np.ndarray) -> np.ndarray:
     """[L, N], ABRA's attention over the catalogue after every event of one history."""
     model, items = run.model, run.dataset.items
 
+    recommender = Recommender(model, run.mesh, 1, 1, False, items=run.items)
+    vectors_RxD, table_RxD = recommender.vectors(run.params, run.tables)
+
     @jax.jit
-    def attention(params: Any, tables: Any, items_BxL: jax.Array) -> jax.Array:
-        rows_BxLxD = lookup(tables[ID_TABLE], items_BxL)
-        u_LxD = model.user_vectors(params, rows_BxLxD, moments(items_BxL))[0]
-        v_RxD = model.catalogue(params, tables)
+    def attention(params: Any, vectors_RxD: Any, v_RxD: Any, items_BxL: jax.Array) -> jax.Array:
+        v_BxLxD = lookup(vectors_RxD, items_BxL)
+        u_LxD = model.user_vectors(params, v_BxLxD, moments(items_BxL))[0]
         q_LxD = model.abra.query(u_LxD, v_RxD)
         row_N = rows_of(jnp.arange(1, items + 1), v_RxD.shape[0])
         s_LxN = (q_LxD @ v_RxD.T * model.abra.scale)[:, row_N]
@@ -126,7 +135,7 @@ def _inferred(run: Run, items_1xL: np.ndarray) -> np.ndarray:
     # As many histories as lie over the devices; all but the first are empty.
     items_BxL = np.pad(items_1xL, ((0, row_pieces(run.mesh) - 1), (0, 0)))
     with jax.set_mesh(run.mesh):
-        return np.asarray(attention(run.params, run.tables, jnp.asarray(items_BxL)), np.float64)
+        return np.asarray(attention(run.params, vectors_RxD, table_RxD, jnp.asarray(items_BxL)), np.float64)
 
 
 def _planted(run: Run, user: str, times: np.ndarray, names: list[str]) -> np.ndarray | None:

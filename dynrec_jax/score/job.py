@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from dynrec_jax import config as configs
 from dynrec_jax.data.cache import Histories
+from dynrec_jax.data.content import TableHash
 from dynrec_jax.data.examples import NONE
 from dynrec_jax.data.pipeline import make_splits
 from dynrec_jax.errors import ConfigError, DataError
@@ -76,10 +77,9 @@ def score(run: Run, out: Path, options: ScoreOptions, processes: Processes = ALO
       DataError: the users file is not what it must be.
       MachineError: the disk is full.
     """
-    if options.k > run.dataset.items:
-        raise ConfigError(
-            f"--k={options.k}: the catalogue has {run.dataset.items:,} items; give {run.dataset.items} or less"
-        )
+    number = run.items.number
+    if options.k > number:
+        raise ConfigError(f"--k={options.k}: the catalogue has {number:,} items; give {number} or less")
     work = processes.agree(lambda: _work(run, options))
     weights = tree_digest((run.params, run.tables))
     manifest = processes.agree(lambda: _manifest(run, options, weights))
@@ -94,12 +94,18 @@ def score(run: Run, out: Path, options: ScoreOptions, processes: Processes = ALO
         [i for i, rows in counts if not parts.done(i, rows)] if processes.first else None
     )[0]
     recommender = Recommender(
-        run.model, run.mesh, run.config.evaluation.batch_size, options.k, options.filter_seen, processes
+        run.model,
+        run.mesh,
+        run.config.evaluation.batch_size,
+        options.k,
+        options.filter_seen,
+        processes,
+        run.items,
     )
-    own, items = recommender.own, run.dataset.item_ids()
+    own, items = recommender.own, run.item_ids
     quiet = not processes.first
     with Progress("scoring", total, unit="users/s", quiet=quiet) as progress, ThreadPoolExecutor(1) as pool:
-        for note in work.notes:
+        for note in _of_new(run) + work.notes:
             progress.say(note)
         if len(missing) < len(work.parts):
             progress.say(f"{len(work.parts) - len(missing)} of {len(work.parts)} parts are there already")
@@ -157,7 +163,7 @@ def _work_of_file(run: Run, options: ScoreOptions, table: pa.Table) -> _Work:
         raise ConfigError(
             f"--split={options.split}: {options.users} brings its own histories; leave the flag out"
         )
-    histories = new_histories(table, run.dataset, options.users)
+    histories = new_histories(table, run.item_ids, options.users)
     notes = _told(histories.unknown_items, "events of unknown items left out")
     notes += _told(histories.empty_users, "users without a known item left out")
     ids = histories.users
@@ -185,6 +191,13 @@ def _chunks(users: np.ndarray, ends: np.ndarray) -> list[tuple[np.ndarray, np.nd
     return list(zip(np.split(users, cuts), np.split(ends, cuts), strict=True))
 
 
+def _of_new(run: Run) -> list[str]:
+    if run.new is None:
+        return []
+    told = _told(run.new.known, "rows of --items are items of the dataset and were left out")
+    return [f"{run.new.table.num_rows:,} new items are recommended too", *told]
+
+
 def _told(count: int, what: str) -> list[str]:
     return [f"{count:,} {what}"] if count else []
 
@@ -202,4 +215,11 @@ def _manifest(run: Run, options: ScoreOptions, weights: str) -> dict[str, Any]:
         "filter_seen": options.filter_seen,
         "split": options.split,
         "users": users,
+        **({} if run.new is None else {"items": _of_table(run.new.table)}),
     }
+
+
+def _of_table(table: pa.Table) -> str:
+    digest = TableHash(table.column_names)
+    digest.update(table)
+    return digest.hexdigest()

@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.errors import DataError
 
 USER = ("user_id", "user")
@@ -101,13 +100,13 @@ def has_histories(table: pa.Table) -> bool:
     return "item" in table.column_names or any(name in table.column_names for name in LISTS)
 
 
-def new_histories(table: pa.Table, dataset: Dataset, path: Path | None) -> NewHistories:
+def new_histories(table: pa.Table, item_ids: pa.Array, path: Path | None) -> NewHistories:
     """Histories of a users file; unknown items are left out and counted.
 
     Args:
       table: as `read_table` gives it: a list of items a row, oldest first, or an item a row, ordered by a column
         `time` where there is one and by row where there is not.
-      dataset: whose items are known.
+      item_ids: of the items that are known, by index.
       path: of the file, for messages.
 
     Raises:
@@ -116,7 +115,7 @@ def new_histories(table: pa.Table, dataset: Dataset, path: Path | None) -> NewHi
     place = path or Path("users")
     lists = next((name for name in LISTS if name in table.column_names), None)
     users, parents, items = _of_lists(table, lists, place) if lists else _of_rows(table, place)
-    index = pc.index_in(items, dataset.item_ids().cast(pa.string()))
+    index = pc.index_in(items, item_ids.cast(pa.string()))
     known = index.is_valid().to_numpy(zero_copy_only=False)
     parents, numbers = parents[known], index.drop_null().to_numpy().astype(np.int32) + 1
     order = np.argsort(parents, kind="stable")
@@ -124,7 +123,7 @@ def new_histories(table: pa.Table, dataset: Dataset, path: Path | None) -> NewHi
     kept = np.nonzero(counts)[0]
     if len(kept) == 0:
         raise DataError(
-            f"{place}: no item of these histories is in the model's catalogue of {dataset.items:,} items"
+            f"{place}: no item of these histories is in the model's catalogue of {len(item_ids):,} items"
         )
     return NewHistories(
         users=[users[i] for i in kept],

@@ -198,9 +198,7 @@ class Checkpoints:
         assert isinstance(found, Manifest)
         model, optimizer = (trees[name] for name in TREES)
         step = jax.device_put(np.int32(found.step), state.step.sharding)
-        new = TrainState(
-            step, model["params"], model["tables"], optimizer["opt_state"], optimizer["row_state"]
-        )
+        new = TrainState(step, **model, **{"caches": {}, **optimizer})
         return new, json.loads(json.dumps(found.progress))
 
     def _tidy(self) -> None:
@@ -358,10 +356,10 @@ def _by_value(good: Mapping[int, Manifest]) -> list[int]:
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
-    return {
-        "model": {"params": state.params, "tables": state.tables},
-        "optimizer": {"opt_state": state.opt_state, "row_state": state.row_state},
-    }
+    optimizer = {"opt_state": state.opt_state, "row_state": state.row_state}
+    if state.caches:  # what only training needs lies with the optimizer
+        optimizer["caches"] = state.caches
+    return {"model": {"params": state.params, "tables": state.tables}, "optimizer": optimizer}
 
 
 def _move_to(checkpoint: Path, place: Path) -> Path:

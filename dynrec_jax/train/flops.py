@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dynrec_jax.models.bstm import Bstm
+from dynrec_jax.models.bstm import Ensemble, Model
 
 PASSES = 3  # one forward; backward, a product becomes two: with respect to each of its sides
 
@@ -30,8 +30,13 @@ class Cost(NamedTuple):
         return self.target * targets + self.pair * attended
 
 
-def training_cost(model: Bstm, params: Any, negatives: int) -> Cost:
-    """The cost by the model's settings; `negatives` are a sampled loss's. `params` may be shapes alone."""
+def training_cost(model: Model, params: Any, negatives: int) -> Cost | None:
+    """The cost by the model's settings; `negatives` are a sampled loss's. `params` may be shapes alone.
+
+    None where items are more than their ids: what describes them costs by the item, and not by the position.
+    """
+    if isinstance(model, Ensemble) or model.towers.item.towers:
+        return None
     dim, items = model.abra.dim, model.abra.items
     scored = 1 + negatives if model.sampled else items
     scores = 2 * dim * scored

@@ -1,21 +1,26 @@
 """The training loop: it starts, or goes on with, a run, and sequences step and hooks."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
-from dynrec_jax.batch import Batch
+from dynrec_jax.config import describes_items
 from dynrec_jax.data.cache import Histories
+from dynrec_jax.data.cold import cold_items
 from dynrec_jax.data.examples import NONE, Splits
 from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
 from dynrec_jax.evaluate.evaluator import Evaluator
-from dynrec_jax.models.bstm import MODELS, Bstm
+from dynrec_jax.models.bstm import MODELS, Model
+from dynrec_jax.models.features import Items, read_items
 from dynrec_jax.models.layers import hidden_width
+from dynrec_jax.models.towers.ids import SEEN
 from dynrec_jax.negatives import running_counts, sampling
 from dynrec_jax.parallel.exchange import Exchange
 from dynrec_jax.parallel.mesh import (
@@ -30,7 +35,7 @@ from dynrec_jax.parallel.mesh import (
 )
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.rules import sharding
-from dynrec_jax.parallel.table import rows_for
+from dynrec_jax.parallel.table import in_rows, rows_for
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.flops import Utilisation, training_cost
 from dynrec_jax.train.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, Metrics
@@ -39,12 +44,13 @@ from dynrec_jax.train.optimizer import make_optimizer, make_row_optimizer, make_
 from dynrec_jax.train.peak import peak_of_process
 from dynrec_jax.train.plan import described, exchange_of_batches
 from dynrec_jax.train.progress import Progress
-from dynrec_jax.train.state import TrainState, abstract_state, check_tables, fresh_state
-from dynrec_jax.train.step import CompiledStep, StepSettings
+from dynrec_jax.train.state import Given, TrainState, abstract_state, check_tables, fresh_state
+from dynrec_jax.train.step import CompiledStep, Inputs, StepSettings
+from dynrec_jax.train.texts import Read, TextBatches
 
 MOST_OF_A_ROW = 4  # arrays of the table's size, itself included: Adam's moments, and numbers of rows
 
-StepFunction = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
+StepFunction = Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]
 
 
 def train(
@@ -74,17 +80,19 @@ def train(
     splits = make_splits(histories, config)
     own = feed(mesh, processes.index)
     source = BatchSource(histories, splits, config, own.pieces, own.part, own.parts)
-    model = MODELS[config.model.name](config, histories.dataset.items)
     exchange = exchange_of_batches(config, mesh, source, own, processes)
-    made = setup(config, model, mesh, exchange)
     with contextlib.ExitStack() as opened:
         shown = Progress("training", config.train.steps, quiet=not processes.first)
         progress_bar = opened.enter_context(shown)
         checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last, processes, progress_bar.say)
         opened.enter_context(contextlib.closing(checkpoints))
+        items = _items(config, histories, folder, processes, progress_bar)
+        model = items.model(config)
+        made = setup(config, model, mesh, exchange)
+        given = _given(config, items, histories, splits, mesh, own)
         start, standing = 0, {}
         if (found := checkpoints.resume(made.template)) is None:
-            state = made.fresh()
+            state = made.fresh(given)
         else:
             state, progress = found
             start, standing = progress["step"], progress["standing"]
@@ -95,28 +103,100 @@ def train(
         opened.enter_context(contextlib.closing(writer))
         running = training_counts(config, histories, splits, mesh, own)
         _announce(progress_bar, config, histories, source, state, start, processes, own, exchange)
-        evaluator = _evaluator(config, histories, splits, model, mesh, processes)
+        evaluator = _evaluator(config, histories, splits, model, mesh, processes, items)
         evaluation = EvaluateHook(config, evaluator, writer, standing, progress_bar)
         log = LogHook(config, writer, progress_bar, start, utilisation(config, model, state, processes))
         hooks: list[Hook] = [log, evaluation, CheckpointHook(config, checkpoints, evaluation, log)]
         step = start
         if start < config.train.steps and not standing.get("stopped"):
-            stream = _placed_batches(source, start, config.data.prefetch, mesh, processes)
+            texts = None if items.text is None else _text_batches(source, items, mesh, own, processes)
+            features = items.place(mesh)
+            if given.seen_Rx1 is not None:
+                features[SEEN] = given.seen_Rx1
+            stream = _placed_inputs(
+                texts or source, start, config.data.prefetch, mesh, processes, running, features
+            )
             left = range(start, config.train.steps)
-            step = run(state, made.step, stream, running, hooks, left, progress_bar)
+            refresh = _refresh(config, items, mesh, progress_bar)
+            step = run(state, made.step, stream, refresh, hooks, left, progress_bar)
         checkpoints.wait()
     return {"step": step, **standing}
 
 
-def _placed_batches(
-    source: BatchSource, start: int, prefetch: int, mesh: Mesh, processes: Processes
-) -> Iterator[Batch]:
-    """The batches from step `start` on, where the devices want them."""
+def _items(
+    config: ml_collections.ConfigDict,
+    histories: Histories,
+    folder: Path,
+    processes: Processes,
+    progress: Progress,
+) -> Items:
+    """The items and what describes them; what takes long, process 0 does, and the others find it in a file."""
+
+    def read() -> Items:
+        return read_items(config, histories.dataset, folder, say=progress.say)
+
+    if processes.count > 1:
+        processes.first_does(read)
+    return processes.agree(read)
+
+
+def _given(
+    config: ml_collections.ConfigDict,
+    items: Items,
+    histories: Histories,
+    splits: Splits,
+    mesh: Mesh,
+    own: Feed,
+) -> Given:
+    """BERT's first weights, and which items training sees, where a model makes a difference between them."""
+    bert = None if items.text is None else items.text.weights
+    if not describes_items(config):
+        return Given(bert=bert)
+    counts = sum_of_parts(mesh, own, training_counts_of(config, histories, splits))
+    seen_Rx1 = in_rows(counts > 0, rows_for(items.number)).astype(np.int32)[:, None]
+    return Given(place_same(sharding(mesh, "items", None), seen_Rx1), bert)
+
+
+def _text_batches(
+    source: BatchSource, items: Items, mesh: Mesh, own: Feed, processes: Processes
+) -> TextBatches:
+    """The batches with the text of their items; parts of a batch are planned alike."""
+    assert items.text is not None
+    made = TextBatches(source, items.text, own.pieces)
+    made.plan(np.max(processes.exchange(made.planned), axis=0).tolist())
+    return made
+
+
+def _placed_inputs(
+    source: BatchSource | TextBatches,
+    start: int,
+    prefetch: int,
+    mesh: Mesh,
+    processes: Processes,
+    running: Any,
+    features: Any,
+) -> Iterator[Inputs]:
+    """What the steps from `start` on read, where the devices want it."""
     stream = batches(source, start, prefetch)
     if processes.count > 1:
         stream = agreed(source, stream, start, processes.exchange)
-    for batch in stream:
-        yield Batch(*(place_rows(mesh, part) for part in batch))
+    for read in stream:
+        batch, text = read if isinstance(read, Read) else (read, ())
+        batch, text = jax.tree.map(functools.partial(place_rows, mesh), (batch, text))
+        yield Inputs(batch, running, features, text)
+
+
+def _refresh(
+    config: ml_collections.ConfigDict, items: Items, mesh: Mesh, progress: Progress
+) -> Callable[[int, TrainState], TrainState]:
+    """Before a step: the vectors of all texts are made anew where it is their turn, by the step's number alone."""
+
+    def refresh(step: int, state: TrainState) -> TrainState:
+        if items.text is None or step % config.item.text_refresh:
+            return state
+        return state._replace(caches=items.encoded(state.params, mesh))
+
+    return refresh
 
 
 class Setup(NamedTuple):
@@ -124,24 +204,28 @@ class Setup(NamedTuple):
 
     Attributes:
       template: the state's shapes, and where each leaf lies.
-      fresh: makes the state of step 0.
+      fresh: makes the state of step 0, with what is `Given`, if anything.
       step: compiled when it is called.
     """
 
     template: TrainState
-    fresh: Callable[[], TrainState]
+    fresh: Callable[..., TrainState]
     step: StepFunction
 
 
 def setup(
-    config: ml_collections.ConfigDict, model: Bstm, mesh: Mesh, exchange: Exchange | None = None
+    config: ml_collections.ConfigDict, model: Model, mesh: Mesh, exchange: Exchange | None = None
 ) -> Setup:
     """What a config's run starts from on a mesh."""
     fixed = step_arguments(config, model, mesh, exchange)
     parts = model, fixed["tx"], fixed["row_tx"], mesh
     template, shardings = abstract_state(*parts)
     step = CompiledStep(mesh, shardings, **fixed)
-    return Setup(template, lambda: fresh_state(*parts, config.seed, shardings), step)
+
+    def fresh(given: Given = Given()) -> TrainState:  # noqa: B008 # never changed
+        return fresh_state(*parts, config.seed, shardings, given)
+
+    return Setup(template, fresh, step)
 
 
 def model_widths(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
@@ -161,7 +245,7 @@ def check_fits(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Non
 
 
 def step_arguments(
-    config: ml_collections.ConfigDict, model: Bstm, mesh: Mesh, exchange: Exchange | None
+    config: ml_collections.ConfigDict, model: Model, mesh: Mesh, exchange: Exchange | None
 ) -> dict[str, Any]:
     """The keyword arguments of `train_step`."""
     return {
@@ -174,7 +258,7 @@ def step_arguments(
 
 
 def step_settings(
-    config: ml_collections.ConfigDict, model: Bstm, mesh: Mesh, exchange: Exchange | None
+    config: ml_collections.ConfigDict, model: Model, mesh: Mesh, exchange: Exchange | None
 ) -> StepSettings:
     """What the config and the devices say of a step."""
     return StepSettings(
@@ -190,15 +274,15 @@ def step_settings(
 def run(
     state: TrainState,
     step_fn: StepFunction,
-    stream: Iterator[Batch],
-    running: Any,
+    stream: Iterator[Inputs],
+    before: Callable[[int, TrainState], TrainState],
     hooks: Sequence[Hook],
     steps: range,
     progress: Progress,
 ) -> int:
-    """Runs the steps and, after each, the hooks; returns how many steps the run has done."""
+    """Runs the steps and, `before` and after each, what is to be done; returns how many steps the run has done."""
     for number in steps:
-        state, metrics = step_fn(state, next(stream), running)
+        state, metrics = step_fn(before(number, state), next(stream))
         done = number + 1
         last = done == steps.stop
         reasons = [hook(done, state, metrics, last) for hook in hooks]
@@ -212,14 +296,21 @@ def run(
 
 
 def utilisation(
-    config: ml_collections.ConfigDict, model: Bstm, state: TrainState, processes: Processes
+    config: ml_collections.ConfigDict, model: Model, state: TrainState, processes: Processes
 ) -> Utilisation | None:
     """How the log tells what share of the peak of all processes is used; None where a peak is not known."""
     processes.exchange(None)  # so that processes of one machine measure at the same time, and share it
     peaks = processes.exchange(peak_of_process(config.model.dtype))
     if None in peaks:
         return None
-    return Utilisation(training_cost(model, state.params, config.loss.negatives), sum(peaks))
+    cost = training_cost(model, state.params, config.loss.negatives)
+    return None if cost is None else Utilisation(cost, sum(peaks))
+
+
+def training_counts_of(config: ml_collections.ConfigDict, histories: Histories, splits: Splits) -> np.ndarray:
+    """int64[N + 1], training events of each item in these histories; none of items that are kept apart."""
+    counts = histories.item_counts(splits.train_end)
+    return np.where(cold_items(histories.dataset.items, config.data.cold_items), 0, counts)
 
 
 def training_counts(
@@ -229,7 +320,7 @@ def training_counts(
     items = histories.dataset.items
     if config.loss.kind == "full" or not sampling(config, items).by_counts:
         return None
-    counts = sum_of_parts(mesh, own, histories.item_counts(splits.train_end))
+    counts = sum_of_parts(mesh, own, training_counts_of(config, histories, splits))
     return place_same(sharding(mesh, "items"), running_counts(counts, rows_for(items)))
 
 
@@ -237,13 +328,14 @@ def _evaluator(
     config: ml_collections.ConfigDict,
     histories: Histories,
     splits: Splits,
-    model: Bstm,
+    model: Model,
     mesh: Mesh,
     processes: Processes,
+    items: Items,
 ) -> Evaluator | None:
     if not any(processes.exchange(bool((splits.validation != NONE).any()))):
         return None
-    return Evaluator(histories, splits, "validation", model, config, mesh, processes)
+    return Evaluator(histories, splits, "validation", model, config, mesh, processes, items)
 
 
 def _announce(

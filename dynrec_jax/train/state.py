@@ -12,10 +12,12 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from dynrec_jax.errors import ConfigError
-from dynrec_jax.models.bstm import Bstm
+from dynrec_jax.models.bstm import Model
+from dynrec_jax.models.text_encoder import TEXT
 from dynrec_jax.parallel.mesh import table_devices
 from dynrec_jax.parallel.rows import RowOptimizer
 from dynrec_jax.parallel.rules import sharding, tree_shardings
+from dynrec_jax.parallel.table import rows_for
 
 GIB = 2**30
 
@@ -32,6 +34,7 @@ class TrainState(NamedTuple):
       tables: item tables {name: [R, D]}.
       opt_state: Optax's state, of the dense weights and, where the loss uses the whole catalogue, of the tables.
       row_state: {name: state} of the row optimizer; empty where the tables take the dense path.
+      caches: {name: [R, E]}, what the run makes of all items now and then; empty where BERT is not trained.
     """
 
     step: Any
@@ -39,43 +42,57 @@ class TrainState(NamedTuple):
     tables: Any
     opt_state: Any
     row_state: Any
+    caches: Any = {}  # noqa: RUF012 # never changed
 
 
-def trainable(model: Bstm, params: Any, tables: Any) -> dict[str, Any]:
+def trainable(model: Model, params: Any, tables: Any) -> dict[str, Any]:
     """What Optax updates: all of it, or the dense weights alone where rows are updated by themselves."""
     return {"params": params} if model.sampled else {"params": params, "tables": tables}
 
 
 def init_state(
-    model: Bstm, tx: optax.GradientTransformation, rows: RowOptimizer, mesh: Mesh, seed: int
+    model: Model, tx: optax.GradientTransformation, rows: RowOptimizer, mesh: Mesh, seed: int
 ) -> tuple[TrainState, TrainState]:
     """A fresh state, each leaf made where it lies, and the state's shardings."""
     _, shardings = abstract_state(model, tx, rows, mesh)
     return fresh_state(model, tx, rows, mesh, seed, shardings), shardings
 
 
+class Given(NamedTuple):
+    """What a fresh state does not draw.
+
+    Attributes:
+      seen_Rx1: int32[R, 1], 1 for items that training sees: the rows of others start as zeros. None for all.
+      bert: BERT's weights; None for random ones.
+    """
+
+    seen_Rx1: Any = None
+    bert: Any = None
+
+
 def fresh_state(
-    model: Bstm,
+    model: Model,
     tx: optax.GradientTransformation,
     rows: RowOptimizer,
     mesh: Mesh,
     seed: int,
     shardings: TrainState,
+    given: Given = Given(),  # noqa: B008 # never changed
 ) -> TrainState:
     """The state of step 0, laid out as `abstract_state` says."""
     with jax.set_mesh(mesh):
         # The state itself is made without boxes, in its place.
         make = jax.jit(
-            lambda seed: nn.meta.unbox(_boxed(model, tx, rows, seed)),
+            lambda seed, given: nn.meta.unbox(_boxed(model, tx, rows, seed, given)),
             out_shardings=shardings,
             compiler_options=QUICKLY if mesh.devices.flat[0].platform == "cpu" else None,
         )
         # The seed as a number: an array of one process's device could not enter a program of several.
-        return make(np.uint32(seed))
+        return make(np.uint32(seed), given)
 
 
 def abstract_state(
-    model: Bstm, tx: optax.GradientTransformation, rows: RowOptimizer, mesh: Mesh
+    model: Model, tx: optax.GradientTransformation, rows: RowOptimizer, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
     """What `init_state` gives, as shapes alone that know where they lie: nothing is allocated."""
     fresh = functools.partial(_boxed, model, tx, rows)
@@ -88,14 +105,26 @@ def abstract_state(
     ), shardings
 
 
-def _boxed(model: Bstm, tx: optax.GradientTransformation, rows: RowOptimizer, seed: jax.Array) -> TrainState:
-    variables = model.init(jax.random.key(seed))
+def _boxed(
+    model: Model,
+    tx: optax.GradientTransformation,
+    rows: RowOptimizer,
+    seed: jax.Array,
+    given: Given = Given(),  # noqa: B008 # never changed
+) -> TrainState:
+    variables = model.init(jax.random.key(seed), given.bert)
     params, tables = variables["params"], variables["tables"]
+    if given.seen_Rx1 is not None:
+        tables = jax.tree.map(lambda table_RxD: jnp.where(given.seen_Rx1 > 0, table_RxD, 0.0), tables)
     row_state = (
         {name: rows.init(nn.meta.unbox(table)) for name, table in tables.items()} if model.sampled else {}
     )
     opt_state = tx.init(trainable(model, params, tables))
-    return TrainState(jnp.int32(0), params, tables, opt_state, row_state)
+    caches = {}
+    if model.text is not None:
+        cache_RxE = jnp.zeros((rows_for(model.abra.items), model.text.width), jnp.float32)
+        caches[TEXT] = nn.LogicallyPartitioned(cache_RxE, ("items", None))
+    return TrainState(jnp.int32(0), params, tables, opt_state, row_state, caches)
 
 
 def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:

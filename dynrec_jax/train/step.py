@@ -13,18 +13,23 @@ import optax
 from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
-from dynrec_jax.models.bstm import Bstm, Rows
-from dynrec_jax.models.item_encoder import ID_TABLE
+from dynrec_jax.models.bstm import Model, Rows
+from dynrec_jax.models.text_encoder import TEXT, Fresh, Text
+from dynrec_jax.models.towers.ids import ID_TABLE, INDEX
+from dynrec_jax.models.towers.tower import Described
 from dynrec_jax.negatives import Sampling, draw_negatives
 from dynrec_jax.parallel.exchange import Exchange
 from dynrec_jax.parallel.rows import Clip, RowOptimizer, Touched, update_rows
-from dynrec_jax.parallel.rules import sharding
-from dynrec_jax.parallel.table import lookup, lookup_both
+from dynrec_jax.parallel.rules import constrain, sharding
+from dynrec_jax.parallel.table import ids_of, lookup, lookup_both, rows_for, rows_of
 from dynrec_jax.train.state import TrainState, trainable
 
 Array = jax.Array
 
 PART_POSITIONS = 4_096  # of a part on CPU: what a block makes of them lies in the cache of a core
+# BERT's layers are wider and the gradient holds all of them of a part. On two cores, 144 texts of 64 tokens, six layers
+# of width 384: eight parts hold 1.1 GB, two 2.3 and one 3.1, and all take as long.
+PART_TOKENS = 2_048
 
 
 class StepSettings(NamedTuple):
@@ -56,6 +61,7 @@ class Gradients(NamedTuple):
       dense: gradient of what Optax updates.
       rows: float[B, L + 1, D], of the rows that were looked up for the batch; None on the dense path.
       shared: float[K, D], of the negatives' rows; None on the dense path.
+      text: float[U, E], of the text vectors that the step has made; None where it makes none.
     """
 
     loss: Array
@@ -63,14 +69,30 @@ class Gradients(NamedTuple):
     dense: Any
     rows: Array | None = None
     shared: Array | None = None
+    text: Array | None = None
+
+
+class Inputs(NamedTuple):
+    """What a step reads besides the state.
+
+    Attributes:
+      batch: int32[B, L + 1] each.
+      running_R: running counts of the items, where the sampler needs them, rows as the table's; or None.
+      features: what is known of the items, [R, width] by name, rows as the table's.
+      text: of the distinct items of the batch, where BERT is trained with the rest; otherwise empty.
+    """
+
+    batch: Batch
+    running_R: Array | None = None
+    features: Any = {}  # noqa: RUF012 # never changed
+    text: Text = ()
 
 
 def train_step(
     state: TrainState,
-    batch: Batch,
-    running_R: Array | None,
+    inputs: Inputs,
     *,
-    model: Bstm,
+    model: Model,
     tx: optax.GradientTransformation,
     row_tx: RowOptimizer,
     schedule: optax.Schedule,
@@ -80,8 +102,7 @@ def train_step(
 
     Args:
       state: donated by the caller's jit.
-      batch: int32[B, L + 1] each.
-      running_R: running counts of the items, where the sampler needs them, rows as the table's; or None.
+      inputs: see `Inputs`.
       model: pure functions of the model; this and what follows is fixed at compilation.
       tx: Optax's optimizer.
       row_tx: the optimizer of touched rows, used by a sampled loss.
@@ -90,17 +111,21 @@ def train_step(
 
     Returns:
       The new state and scalars: `loss` (mean over targets), `targets`, `attended` (events that the positions with
-      a target look at, each itself included), `gradient_norm`, `learning_rate`.
+      a target look at, each itself included), `gradient_norm`, `learning_rate`; where BERT is trained, `text_moved`:
+      how far the vectors of the batch's items are from those in use elsewhere (mean of 1 - cosine).
     """
+    batch = inputs.batch
     key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
     rows, width = batch.items.shape
     parts = settings.accumulation or parts_for(rows, width, settings.pieces)
     rate = schedule(state.step)
     tables, row_state = state.tables, state.row_state
+    made = _Made.of(model, state, inputs, key, settings)
     if model.sampled:
-        sums, touched = _row_gradients(model, state, batch, running_R, key, settings, parts)
+        sums, touched = _row_gradients(model, state, inputs, made, key, settings, parts)
     else:
-        sums, touched = _dense_gradients(model, state, batch, key, settings, parts), None
+        sums, touched = _dense_gradients(model, state, inputs, made, key, settings, parts), None
+    sums = made.pulled_back(sums)
     weight = jnp.maximum(sums.weight, 1.0)
     clip = Clip(settings.clip_norm, (optax.tree.norm(sums.dense) / weight) ** 2)
     rows_square = jnp.float32(0)
@@ -117,26 +142,29 @@ def train_step(
         old = trainable(model, state.params, state.tables)
         updates, opt_state = tx.update(dense, state.opt_state, old)
         updated = optax.apply_updates(old, updates)
-    tables = tables if touched is not None else updated["tables"]
+    tables = updated.get("tables", tables)
     metrics = {
+        **made.metrics(state, batch),
         "loss": sums.loss / weight,
         "targets": sums.weight,
         "attended": jnp.sum(jnp.where(batch.remaining > 0, batch.positions + 1, 0), dtype=jnp.float32),
         "gradient_norm": jnp.sqrt(clip.square + rows_square),
         "learning_rate": jnp.float32(rate),
     }
-    return TrainState(state.step + 1, updated["params"], tables, opt_state, row_state), metrics
+    new = TrainState(state.step + 1, updated["params"], tables, opt_state, row_state, state.caches)
+    return new, metrics
 
 
-def parts_for(rows: int, width: int, pieces: int) -> int:
+def parts_for(rows: int, width: int, pieces: int, positions: int | None = None) -> int:
     """Into how many parts a batch of so many rows falls, each with as many rows on each device.
 
-    One, but on CPU (`pieces` devices, 0 elsewhere) as many as bring a part of a device near `PART_POSITIONS`. On two
-    cores, at L 200, D 64, two layers and a batch of 80 rows, four parts hold 0.92 GB and one 1.55 GB, and take as long.
+    One, but on CPU (`pieces` devices, 0 elsewhere) as many as bring a part of a device near `positions`, by default
+    `PART_POSITIONS`. On two cores, at L 200, D 64, two layers and a batch of 80 rows, four parts hold 0.92 GB and one
+    1.55 GB, and take as long.
     """
     if not pieces:
         return 1
-    wanted = rows * width / (pieces * PART_POSITIONS)
+    wanted = rows * width / (pieces * (positions or PART_POSITIONS))
     return min(
         (n for n in range(1, rows + 1) if rows % (n * pieces) == 0), key=lambda n: abs(n - wanted), default=1
     )
@@ -167,50 +195,158 @@ def _accumulate(part: Callable[[Any], Gradients], batch: Any, parts: int) -> Gra
     return sums._replace(rows=jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rows))
 
 
+class _Made(NamedTuple):
+    """Text vectors that this step makes, before anything is looked up; empty where BERT is not trained.
+
+    Attributes:
+      text: whose text.
+      vectors: float[U, E], or None.
+      back: their gradient -> that of the dense weights.
+    """
+
+    text: Text
+    vectors: Array | None = None
+    back: Callable[[Array], Any] | None = None
+
+    @classmethod
+    def of(
+        cls, model: Model, state: TrainState, inputs: Inputs, key: Array, settings: StepSettings
+    ) -> "_Made":
+        if not inputs.text:
+            return cls(())
+        key = jax.random.fold_in(key, 3)
+        shapes = [(tokens.ids.shape[0], tokens.ids.shape[1]) for tokens in inputs.text]
+        parts = [parts_for(texts, width, settings.pieces, PART_TOKENS) for texts, width in shapes]
+        with jax.named_scope("text"):
+            vectors_UxE, back = jax.vjp(
+                lambda params: model.encode(params, inputs.text, key, parts), state.params
+            )
+        return cls(inputs.text, vectors_UxE, lambda g: back(g)[0])
+
+    def fresh(self, vectors_UxE: Array | None) -> Fresh | None:
+        """These vectors by item; a function of them, for gradients."""
+        return None if vectors_UxE is None else Fresh.of(self.text, vectors_UxE)
+
+    def pulled_back(self, sums: Gradients) -> Gradients:
+        """The sums with the gradient of the text's vectors gone back through BERT."""
+        if self.back is None or sums.text is None:
+            return sums
+        with jax.named_scope("text"):
+            params = jax.tree.map(jnp.add, sums.dense["params"], self.back(sums.text))
+        return sums._replace(dense={**sums.dense, "params": params}, text=None)
+
+    def metrics(self, state: TrainState, batch: Batch) -> dict[str, Array]:
+        """What the log tells of them."""
+        fresh = self.fresh(self.vectors)
+        if fresh is None:
+            return {}
+        old = {TEXT: lookup(state.caches[TEXT], batch.items)}
+        return {"text_moved": fresh.distance(old, batch.items)}
+
+
+def _known(state: TrainState, inputs: Inputs, ids: Array, exchange: Exchange | None) -> Described:
+    """What describes items besides the rows of trained tables, by item, with the ids' own shape in front."""
+    known = {**inputs.features, **state.caches}
+    if not known:
+        return {}
+    if ids.ndim > 1:
+        found = {name: lookup(table, ids, exchange) for name, table in known.items()}
+    else:  # all devices need them
+        found = {name: constrain(_shared(table, ids), None, None) for name, table in known.items()}
+    return {**found, INDEX: ids[..., None]}
+
+
+def _shared(table_RxW: Array, ids_K: Array) -> Array:
+    """Rows of items that all devices share, [K, W]."""
+    return jnp.take(table_RxW, rows_of(ids_K, table_RxW.shape[0]), axis=0, mode="clip")
+
+
+def _whole(state: TrainState, inputs: Inputs, rows: int) -> Described:
+    """What describes every row of a table, besides the rows of trained ones."""
+    known = {**inputs.features, **state.caches}
+    if not known:
+        return {}
+    index_Rx1 = constrain(ids_of(jnp.arange(rows, dtype=jnp.int32), rows)[:, None], "items", None)
+    return {**known, INDEX: index_Rx1}
+
+
 def _dense_gradients(
-    model: Bstm, state: TrainState, batch: Batch, key: Array, settings: StepSettings, parts: int
-) -> Gradients:
-    def part(batch: Batch) -> Gradients:
-        def loss(tree: dict[str, Any]) -> tuple[Array, Array]:
-            table = tree["tables"][ID_TABLE]
-            rows = Rows(items=lookup(table, batch.items, settings.exchange), catalogue=table)
-            return model.loss(tree["params"], rows, batch, None, key)
-
-        tree = {"params": state.params, "tables": state.tables}
-        (total, weight), dense = jax.value_and_grad(loss, has_aux=True)(tree)
-        return Gradients(total, weight, dense)
-
-    return _accumulate(part, batch, parts)
-
-
-def _row_gradients(
-    model: Bstm,
+    model: Model,
     state: TrainState,
-    batch: Batch,
-    running_R: Array | None,
+    inputs: Inputs,
+    made: _Made,
     key: Array,
     settings: StepSettings,
     parts: int,
-) -> tuple[Gradients, Touched]:
-    table = state.tables[ID_TABLE]
+) -> Gradients:
+    known = _known(state, inputs, inputs.batch.items, settings.exchange)
+    whole = _whole(state, inputs, rows_for(model.abra.items))
+
+    def part(each: tuple[Batch, Described]) -> Gradients:
+        batch, known = each
+
+        def loss(tree: dict[str, Any], vectors: Array | None) -> tuple[Array, Array]:
+            items, catalogue = known, whole
+            if (fresh := made.fresh(vectors)) is not None:
+                items, catalogue = fresh.over(items, batch.items), fresh.over_rows(catalogue)
+            if model.ids:
+                table = tree["tables"][ID_TABLE]
+                items = {**items, ID_TABLE: lookup(table, batch.items, settings.exchange)}
+                catalogue = {**catalogue, ID_TABLE: table}
+            return model.loss(tree["params"], Rows(items=items, catalogue=catalogue), batch, None, key)
+
+        tree = {"params": state.params, "tables": state.tables}
+        (total, weight), (dense, text) = jax.value_and_grad(loss, (0, 1), has_aux=True)(tree, made.vectors)
+        return Gradients(total, weight, dense, text=text)
+
+    return _accumulate(part, (inputs.batch, known), parts)
+
+
+def _row_gradients(
+    model: Model,
+    state: TrainState,
+    inputs: Inputs,
+    made: _Made,
+    key: Array,
+    settings: StepSettings,
+    parts: int,
+) -> tuple[Gradients, Touched | None]:
     negatives_key, dropout_key = jax.random.split(key)
-    drawn = draw_negatives(negatives_key, batch, running_R, settings.sampling)
-    items_BxLxD, shared_KxD = lookup_both(table, batch.items, drawn.ids, settings.exchange)
+    drawn = draw_negatives(negatives_key, inputs.batch, inputs.running_R, settings.sampling)
+    known = _known(state, inputs, inputs.batch.items, settings.exchange)
+    shared = _known(state, inputs, drawn.ids, settings.exchange)
+    # The rows that are trained: of the batch and of the negatives. Empty where there are no ids.
+    items, negatives = {}, {}
+    if model.ids:
+        both = lookup_both(state.tables[ID_TABLE], inputs.batch.items, drawn.ids, settings.exchange)
+        items, negatives = ({ID_TABLE: rows} for rows in both)
 
-    def part(each: tuple[Batch, Array]) -> Gradients:
-        batch, items_BxLxD = each
+    def part(each: tuple[Batch, Described, Described]) -> Gradients:
+        batch, items, known = each
 
-        def loss(params: Any, items_BxLxD: Array, shared_KxD: Array) -> tuple[Array, Array]:
-            rows = Rows(items=items_BxLxD, negatives=shared_KxD)
+        def loss(
+            params: Any, items: Described, negatives: Described, vectors: Array | None
+        ) -> tuple[Array, Array]:
+            of_items, of_negatives = known, shared
+            if (fresh := made.fresh(vectors)) is not None:
+                of_items, of_negatives = (
+                    fresh.over(of_items, batch.items),
+                    fresh.over(of_negatives, drawn.ids),
+                )
+            rows = Rows(items={**of_items, **items}, negatives={**of_negatives, **negatives})
             return model.loss(params, rows, batch, drawn, dropout_key)
 
-        (total, weight), (dense, items, shared) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
-            state.params, items_BxLxD, shared_KxD
+        (total, weight), (dense, g_items, g_negatives, text) = jax.value_and_grad(
+            loss, (0, 1, 2, 3), has_aux=True
+        )(state.params, items, negatives, made.vectors)
+        return Gradients(
+            total, weight, {"params": dense}, g_items.get(ID_TABLE), g_negatives.get(ID_TABLE), text
         )
-        return Gradients(total, weight, {"params": dense}, items, shared)
 
-    sums = _accumulate(part, (batch, items_BxLxD), parts)
-    return sums, Touched(batch.items, sums.rows, drawn.ids, sums.shared)
+    sums = _accumulate(part, (inputs.batch, items, known), parts)
+    if not model.ids:
+        return sums, None
+    return sums, Touched(inputs.batch.items, sums.rows, drawn.ids, sums.shared)
 
 
 class CompiledStep:
@@ -219,23 +355,25 @@ class CompiledStep:
     def __init__(self, mesh: Mesh, shardings: TrainState, **fixed: Any):
         """For a state that lies as `shardings` say; `fixed` are the step's keyword arguments."""
         self._mesh = mesh
-        replicated, counts = sharding(mesh), sharding(mesh, "items")
-        batch = Batch(*(sharding(mesh, "batch", None),) * len(Batch._fields))
+        placed: Any = Inputs(
+            Batch(*(sharding(mesh, "batch", None),) * len(Batch._fields)),
+            sharding(mesh, "items"),  # type: ignore[arg-type] # where each lies, in place of what it is
+            sharding(mesh, "items", None),
+            sharding(mesh, "batch"),  # type: ignore[arg-type]
+        )
         self._step = jax.jit(
-            lambda state, batch, running_R: train_step(state, batch, running_R, **fixed),
-            in_shardings=(shardings, batch, counts),
-            out_shardings=(shardings, replicated),
+            lambda state, inputs: train_step(state, inputs, **fixed),
+            in_shardings=(shardings, placed),
+            out_shardings=(shardings, sharding(mesh)),
             donate_argnums=(0,),
         )
 
-    def __call__(
-        self, state: TrainState, batch: Batch, running_R: Array | None
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def __call__(self, state: TrainState, inputs: Inputs) -> tuple[TrainState, dict[str, Array]]:
         """One step; `state` is donated."""
         with jax.set_mesh(self._mesh):
-            return self._step(state, batch, running_R)
+            return self._step(state, inputs)
 
-    def trace(self, state: TrainState, batch: Batch, running_R: Any) -> jax.stages.Traced:
+    def trace(self, state: TrainState, inputs: Inputs) -> jax.stages.Traced:
         """The step for shapes, to be counted and compiled ahead of time."""
         with jax.set_mesh(self._mesh):
-            return self._step.trace(state, batch, running_R)
+            return self._step.trace(state, inputs)

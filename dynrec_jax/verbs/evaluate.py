@@ -11,6 +11,7 @@ from rich.table import Table
 from dynrec_jax.errors import ConfigError, MachineError
 from dynrec_jax.parallel.processes import ALONE, Processes, join
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
+from dynrec_jax.verbs.telling import teller
 
 SHOWN = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "mrr", "coverage@10")
 
@@ -67,23 +68,28 @@ def measure(
 
     processes.start_jax()
     keep_programs(processes.agree(lambda: workdirs.open_config(workdir)), cache_dir, processes)
-    opened = workdirs.open(workdir, step, dataset, processes)
+    opened = workdirs.open(workdir, step, dataset, processes, say=teller(processes))
     own = feed(opened.mesh, processes.index)
     shards = range(own.part, opened.dataset.shards, own.parts)
     histories = processes.agree(
         lambda: Histories(opened.dataset, cache_dir or opened.config.data.cache_dir, shards)
     )
     splits = make_splits(histories, opened.config)
-    evaluator = Evaluator(histories, splits, which, opened.model, opened.config, opened.mesh, processes)
+    evaluator = Evaluator(
+        histories, splits, which, opened.model, opened.config, opened.mesh, processes, opened.items
+    )
+    lists = evaluator.recommender.prepare(opened.params, opened.tables)
     result: dict[str, Any] = {
         "split": which,
         "users": evaluator.users,
         "catalogue": opened.dataset.items,
         "step": opened.step,
         "protocol": evaluator.protocol(),
-        **evaluator.metrics(opened.params, opened.tables),
+        **evaluator.metrics_of(lists),
         "baselines": evaluator.baselines(),
     }
+    if cold := evaluator.cold(lists):
+        result["cold"] = cold
     spec = synthetic_spec(opened.dataset)
     if spec is not None:
         result["oracle"] = evaluator.metrics_of(oracle_lists(spec, opened.dataset, evaluator.recommender.k))
@@ -123,3 +129,14 @@ def show(result: dict[str, Any]) -> None:
         if metric in result:
             table.add_row(metric, *(f"{column[metric]:.4f}" for column in columns.values()))
     Console().print(table)
+    if "cold" in result:
+        print(_cold_line(result["cold"], result["catalogue"]))
+
+
+def _cold_line(cold: dict[str, float], items: int) -> str:
+    """How items are found that training never saw, beside drawing lists at random."""
+    told = [f"cold items: {int(cold['users']):,} users are asked for an item that no training history has"]
+    for k in (10, 50):
+        if (value := cold.get(f"recall@{k}")) is not None:
+            told.append(f"recall@{k} {value:.4f}, {value * items / k:.1f} times that of random lists")
+    return "; ".join(told)

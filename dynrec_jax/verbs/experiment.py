@@ -23,13 +23,18 @@ EXPECTED = "expected an experiment file, such as experiments/ml1m.py"
 
 
 class _TupleParser(flags.ArgumentParser[tuple[Any, ...]]):
-    """`1,5,10` or `(1, 5, 10)`."""
+    """`1,5,10` or `(1, 5, 10)`; where names are expected, `title,brand` or `("title", "genres:,")`."""
+
+    def __init__(self, names: bool) -> None:
+        self._names = names
 
     def parse(self, argument: Any) -> tuple[Any, ...]:
         try:
             value = ast.literal_eval(argument) if isinstance(argument, str) else argument
         except (SyntaxError, ValueError):
-            raise ValueError("expected numbers separated by commas") from None
+            if not self._names:
+                raise ValueError("expected numbers separated by commas") from None
+            value = tuple(name.strip() for name in argument.split(",") if name.strip())
         return tuple(value) if isinstance(value, tuple | list) else (value,)
 
     def flag_type(self) -> str:
@@ -55,7 +60,8 @@ def define_config(values: flags.FlagValues) -> None:
         elif isinstance(value, str):
             flags.DEFINE_string(name, None, key, flag_values=values)
         else:
-            flags.DEFINE(_TupleParser(), name, None, key, flag_values=values)
+            names = all(isinstance(each, str) for each in value)
+            flags.DEFINE(_TupleParser(names), name, None, key, flag_values=values)
 
 
 def read_config(values: flags.FlagValues) -> ml_collections.ConfigDict:

@@ -16,13 +16,25 @@ def define_flags() -> flags.FlagValues:
     text(
         "source",
         "KIND:PATH of the log. KIND is one of synthetic (synthetic:users=2000,items=1000,seed=0), sequences (a file "
-        "with a user a line), atomic (RecBole's .inter or its folder), movielens (a GroupLens folder) and table "
-        "(CSV or Parquet)",
+        "with a user a line), atomic (RecBole's .inter or its folder), movielens (a GroupLens folder), amazon (a file "
+        "of reviews of 2014, 2018 or 2023, plain or gzip, or its folder; products from meta_* beside it), mind (a "
+        "folder with MIND's behaviors.tsv and news.tsv, or with such folders) and table (CSV or Parquet)",
     )
     text("out", "dataset folder to write; must not exist")
-    text("items", "CSV, Parquet or JSON lines that describe items, with a column item_id")
+    text(
+        "items",
+        "what describes items, in place of the source's own: CSV, Parquet or JSON lines (plain or gzip) with a column "
+        "item_id, a JSON object of item ids and lists, a meta file of Amazon's or GroupLens' movies.dat. Lists of "
+        "strings are kept as sets, of real numbers as vectors, all else as text; entities and tags of HTML are taken "
+        "out of text. Of several rows of an item the first counts, later ones give what it lacks",
+    )
     flags.DEFINE_list(
         "text_columns", [], "columns of the items to keep, as a,b; empty keeps all", flag_values=values
+    )
+    text(
+        "triples",
+        "knowledge graph: CSV, TSV or Parquet with the columns head, relation, tail (RecBole's .kg too; three fields "
+        "between tabs need no header); heads and tails that are item ids are those items",
     )
     text("user_column", "column of user ids [user]")
     text("item_column", "column of item ids [item]")
@@ -83,6 +95,7 @@ def run(values: flags.FlagValues) -> None:
             out=values.out,
             items=values.items,
             text_columns=tuple(values.text_columns),
+            triples=values.triples,
             columns=columns,
             filters=filters,
             ties=values.ties,

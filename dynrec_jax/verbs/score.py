@@ -11,6 +11,7 @@ from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import join
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.evaluate import parse_step
+from dynrec_jax.verbs.telling import teller
 
 
 def define_flags() -> flags.FlagValues:
@@ -24,6 +25,12 @@ def define_flags() -> flags.FlagValues:
         "k", None, "length of the lists [100, or the whole catalogue]", lower_bound=1, flag_values=values
     )
     flags.DEFINE_string("users", None, "CSV or Parquet of user ids, or of new histories", flag_values=values)
+    flags.DEFINE_string(
+        "items",
+        None,
+        "items that came after training, as `prepare --items` takes them: ranked by their text and features",
+        flag_values=values,
+    )
     flags.DEFINE_boolean("filter_seen", False, "leave out items of the history", flag_values=values)
     flags.DEFINE_enum(
         "split", "all", ["all", "test", "validation"], "which history to recommend from", flag_values=values
@@ -49,9 +56,11 @@ def run(values: flags.FlagValues) -> None:
     keep_programs(
         processes.agree(lambda: workdirs.open_config(Path(values.workdir))), values.cache_dir, processes
     )
-    opened = workdirs.open(values.workdir, step, values.dataset, processes)
+    opened = workdirs.open(
+        values.workdir, step, values.dataset, processes, values["items"].value, teller(processes)
+    )
     options = ScoreOptions(
-        k=min(LIST_LENGTH, opened.dataset.items) if values.k is None else values.k,
+        k=min(LIST_LENGTH, opened.items.number) if values.k is None else values.k,
         filter_seen=values.filter_seen,
         split=values.split,
         users=Path(values.users) if values.users else None,

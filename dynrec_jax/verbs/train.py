@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 from absl import flags
 
+from dynrec_jax.config import describes_items
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import ALONE, Processes, join
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from dynrec_jax.data.cache import Histories
     from dynrec_jax.data.dataset import Dataset
+    from dynrec_jax.models.towers.tower import Job
     from dynrec_jax.parallel.mesh import Feed
 
 
@@ -60,7 +62,7 @@ def train(
     from dynrec_jax.parallel.table import rows_for
     from dynrec_jax.train import loop
 
-    dataset = processes.agree(lambda: _checked_dataset(config))
+    dataset = processes.agree(lambda: _checked_dataset(config, workdir))
     processes.check_same(
         _must_be_same(config, dataset), "start all with the same config, dataset and packages"
     )
@@ -72,6 +74,10 @@ def train(
         mesh = make_mesh(m.data, m.fsdp, m.tensor, m.slices, m.tables)
         check_model(mesh, rows_for(dataset.items), *loop.model_widths(config))
         loop.check_fits(config, dataset.items, mesh)
+        if describes_items(config):
+            from dynrec_jax.models.towers.text import check_text_mesh
+
+            check_text_mesh(_job(config, dataset, workdir), mesh)
         own = feed(mesh, processes.index)
         check_batch(config.train.batch_size, dataset.shards, own.parts)
         return mesh, own
@@ -86,6 +92,10 @@ def train(
     check_trains(dataset, sum(processes.exchange(able)))
     processes.first_does(lambda: workdirs.start(workdir, config, dataset))
     processes.check_shared(workdir)
+    if describes_items(config):
+        from dynrec_jax.models.towers.text import keep_text_model
+
+        processes.first_does(lambda: keep_text_model(config, dataset, workdir))
     with workdirs.locked(workdir, processes):
         standing = loop.train(config, histories, workdir, mesh, processes)
     if not processes.first:
@@ -97,7 +107,7 @@ def train(
     return standing
 
 
-def _checked_dataset(config: ml_collections.ConfigDict) -> "Dataset":
+def _checked_dataset(config: ml_collections.ConfigDict, workdir: Path) -> "Dataset":
     """The dataset folder, after all that can be checked without a device."""
     from dynrec_jax.data.dataset import open_dataset
     from dynrec_jax.data.examples import check_batch
@@ -117,7 +127,17 @@ def _checked_dataset(config: ml_collections.ConfigDict) -> "Dataset":
         )
     check_batch(config.train.batch_size, dataset.shards)
     measured_ks(config, dataset.items)
+    if describes_items(config):
+        from dynrec_jax.models.towers.kinds import check_towers
+
+        check_towers(_job(config, dataset, workdir))
     return dataset
+
+
+def _job(config: ml_collections.ConfigDict, dataset: "Dataset", workdir: Path) -> "Job":
+    from dynrec_jax.models.towers.tower import Job
+
+    return Job(config, dataset, dataset.items_table(), workdir)
 
 
 def _must_be_same(config: ml_collections.ConfigDict, dataset: "Dataset") -> dict[str, Any]:

@@ -26,6 +26,7 @@ from dynrec_jax.models.bstm import MODELS
 from dynrec_jax.parallel.capacity import zipf
 from dynrec_jax.parallel.mesh import make_mesh
 from dynrec_jax.train.loop import setup
+from dynrec_jax.train.step import Inputs
 
 ITEMS = (100_000, 1_000_000, 10_000_000)
 LENGTH, BATCH = 50, 64
@@ -67,7 +68,7 @@ class Run:
     def step(self) -> float:
         """Seconds of the next one."""
         began = time.perf_counter()
-        self.state, metrics = self._step(self.state, self._batches[self._number % 8], None)
+        self.state, metrics = self._step(self.state, Inputs(self._batches[self._number % 8]))
         jax.block_until_ready((self.state, metrics))
         self._number += 1
         return time.perf_counter() - began

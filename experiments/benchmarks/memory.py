@@ -27,7 +27,7 @@ from dynrec_jax.parallel.mesh import make_mesh
 from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.loop import step_arguments
 from dynrec_jax.train.state import abstract_state
-from dynrec_jax.train.step import CompiledStep
+from dynrec_jax.train.step import CompiledStep, Inputs
 
 ITEMS = (10_000, 100_000, 1_000_000)
 HISTORIES, USERS = (32, 64), (128, 256)  # of a step, of a batch of lists
@@ -59,28 +59,28 @@ def step_bytes(config: ml_collections.ConfigDict, items: int, batch: int) -> int
     windows = Batch(*[shape(batch, config.data.max_length + 1)] * len(Batch._fields))
     counted = model.sampled and fixed["settings"].sampling.by_counts
     running_R = shape(rows_for(items)) if counted else None
-    return _temporary(CompiledStep(mesh, shardings, **fixed).trace(state, windows, running_R).lower())
+    return _temporary(CompiledStep(mesh, shardings, **fixed).trace(state, Inputs(windows, running_R)).lower())
 
 
 def lists_bytes(config: ml_collections.ConfigDict, items: int, users: int) -> int:
     """Temporary memory of a batch of lists, for evaluation and scoring alike, the catalogue at hand."""
     model, mesh = MODELS[config.model.name](config, items), one_device()
     recommender = Recommender(model, mesh, users, LIST_LENGTH, filter_seen=True)
-    params, tables = _variables(model)
+    params = _params(model)
+    vectors_RxD = shape(rows_for(items), config.model.dim, dtype=jnp.float32)
     with jax.set_mesh(mesh):
-        read = recommender._encode.lower(params, tables, shape(users, config.data.max_length))
+        read = recommender._encode.lower(params, vectors_RxD, shape(users, config.data.max_length))
         rank = recommender._rank.lower(
             shape(users, config.model.dim, dtype=jnp.float32),
-            shape(rows_for(items), config.model.dim, dtype=jnp.float32),
+            vectors_RxD,
             shape(users, SEEN),
         )
     # A batch is ranked while the next one is read.
     return _temporary(read) + _temporary(rank)
 
 
-def _variables(model: Bstm) -> tuple[Any, Any]:
-    variables = jax.eval_shape(lambda: nn.meta.unbox(model.init(jax.random.key(0))))
-    return variables["params"], variables["tables"]
+def _params(model: Bstm) -> Any:
+    return jax.eval_shape(lambda: nn.meta.unbox(model.init(jax.random.key(0))))["params"]
 
 
 def _temporary(lowered: Any) -> int:

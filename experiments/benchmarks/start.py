@@ -60,9 +60,9 @@ def child(arguments: list[str]) -> int:
         start = setup(*given)
         marks.end("shapes of the state")
 
-        def fresh() -> Any:
+        def fresh(*given: Any) -> Any:
             marks.end("checkpoints")
-            state = start.fresh()
+            state = start.fresh(*given)
             marks.end("initial state")
             return state
 

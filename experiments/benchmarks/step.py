@@ -57,6 +57,7 @@ from dynrec_jax.models.bstm import MODELS
 from dynrec_jax.parallel.mesh import feed, make_mesh, place_rows
 from dynrec_jax.train import loop, peak
 from dynrec_jax.train.flops import training_cost
+from dynrec_jax.train.step import Inputs
 from dynrec_jax.verbs.experiment import define_config, read_config
 
 SYNTHETIC = "synthetic:users=6040,items=3416,seed=0"
@@ -162,7 +163,7 @@ class Bench:
         for _ in range(steps):
             with jax.profiler.TraceAnnotation(step_trace.INPUT):
                 batch = self.place(next(stream))
-            self.state, metrics = self.step(self.state, batch, self.running)
+            self.state, metrics = self.step(self.state, Inputs(batch, self.running))
             if pending is not None:
                 jax.block_until_ready(pending)
                 ends.append(time.perf_counter())

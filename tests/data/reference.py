@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import struct
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -47,12 +48,19 @@ def core(events: list[tuple[str, str]], k: int) -> list[tuple[str, str]]:
         events = [event for event in events if event[weak[0]] != weak[1]]
 
 
-def content(shards: list[list[tuple]], items: list[tuple], event_types: list[str]) -> str:
-    """The content hash from plain rows: (user, items, times, events) by shard and (index, item_id)."""
+def content(
+    shards: list[list[tuple]],
+    items: list[tuple],
+    event_types: list[str],
+    columns: tuple[str, ...] = (),
+    **more: str,
+) -> str:
+    """The content hash from plain rows: (user, items, times, events) by shard and (index, item_id, *columns)."""
     logical = {
         "event_types": event_types,
-        "items": table_hash(["index", "item_id"], items),
+        "items": table_hash(["index", "item_id", *columns], items),
         "shards": [table_hash(["user_id", "items", "times", "events"], rows) for rows in shards],
+        **more,
     }
     return hashlib.sha256(json.dumps(logical, sort_keys=True).encode()).hexdigest()
 
@@ -68,7 +76,16 @@ def table_hash(names: list[str], rows: list[tuple]) -> str:
                 values += value.encode()
             elif isinstance(value, list):
                 lengths += len(value).to_bytes(8, "little")
-                leaves += b"".join(leaf.to_bytes(8, "little", signed=True) for leaf in value)
+                for leaf in value:
+                    if isinstance(leaf, str):
+                        leaves += len(leaf.encode()).to_bytes(8, "little")
+                        values += leaf.encode()
+                    elif isinstance(leaf, float):
+                        leaves += struct.pack("<f", leaf)
+                    else:
+                        leaves += leaf.to_bytes(8, "little", signed=True)
+            elif value is None:
+                lengths += bytes(8)
             else:
                 values += value.to_bytes(8, "little", signed=True)
         parts = [hashlib.sha256(part).digest() for part in (nulls, lengths, values, leaves)]

@@ -114,7 +114,8 @@ def test_description_keeps_the_contract(dataset):
     assert info["event_types"] == ["buy", "view"]
     assert (info["ties"], info["time_unit"], info["pseudonymised"]) == ("source", "seconds", False)
     assert (info["first_time"], info["last_time"]) == (1000000005, 1000000010)
-    assert info["item_columns"] == []
+    assert (info["item_columns"], info["item_column_kinds"]) == ([], {})
+    assert "triples" not in info
 
 
 # -------------------------------------------------------------------- the hash
@@ -122,13 +123,15 @@ def test_description_keeps_the_contract(dataset):
 
 def rows(**changes) -> pa.Table:
     columns = {"id": ["a", "bc", None, ""], "n": [[1, 2], [], None, [3]], "i": [1, 2, None, 0]}
+    columns |= {"s": [["a", "bc"], [], None, [""]], "f": [[0.5, 2], None, [3], []]}
     columns.update(changes)
     types = {"id": pa.string(), "n": pa.list_(pa.int32()), "i": pa.int64()}
+    types |= {"s": pa.list_(pa.string()), "f": pa.list_(pa.float32())}
     return pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
 
 
 def digest(*tables: pa.Table) -> str:
-    made = TableHash(["id", "n", "i"])
+    made = TableHash(["id", "n", "i", "s", "f"])
     for table in tables:
         made.update(table)
     return made.hexdigest()
@@ -152,6 +155,13 @@ def test_batches_and_widths_do_not_change_a_hash():
         {"n": [[2, 1], [], None, [3]]},
         {"i": [1, 2, 0, 0]},
         {"i": [1, 2, None, 1]},
+        {"s": [["ab", "c"], [], None, [""]]},
+        {"s": [["a"], ["bc"], None, [""]]},
+        {"s": [["bc", "a"], [], None, [""]]},
+        {"s": [["a", "bc"], [], [], [""]]},
+        {"s": [["a", "bc"], [], None, []]},
+        {"f": [[0.5], [2], [3], []]},
+        {"f": [[0.25, 2], None, [3], []]},
     ],
 )
 def test_every_value_counts_in_a_hash(changes):

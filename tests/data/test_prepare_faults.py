@@ -137,11 +137,12 @@ def test_what_a_killed_run_left_is_removed_and_a_running_one_is_not(tmp_path):
     assert left(tmp_path) == [f".out.tmp-{os.getppid()}", "out"]
 
 
-@pytest.mark.parametrize("place", ["write_interactions", "write_items"])
+@pytest.mark.parametrize("place", ["write_interactions", "write_items", "write_triples"])
 def test_a_full_disk_while_parquet_is_written(tmp_path, monkeypatch, place):
     monkeypatch.setattr(preparation, place, full)
+    (tmp_path / "kg").write_text("x\tby\ty\n")
     with pytest.raises(MachineError, match="the disk is full") as caught:
-        made(tmp_path, [("a", "x")])
+        made(tmp_path, [("a", "x")], triples=tmp_path / "kg")
     assert "\n" not in str(caught.value)
     assert left(tmp_path) == []
 
@@ -234,7 +235,7 @@ def test_the_verb_hands_its_flags_on(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(preparation, "prepare", calls.append)
     arguments = {
-        "source": "table:log", "out": "there", "items": "i", "text_columns": "a,b", "user_column": "u",
+        "source": "table:log", "out": "there", "items": "i", "text_columns": "a,b", "triples": "g", "user_column": "u",
         "item_column": "v", "time_column": "", "event_column": "e", "rating_column": "r", "core": "5",
         "min_rating": "3.5", "min_user_events": "2", "min_item_users": "4", "missing": "drop",
         "ties": "random:3", "pseudonymise": "k", "shards": "8",
@@ -246,6 +247,7 @@ def test_the_verb_hands_its_flags_on(tmp_path, monkeypatch):
             out="there",
             items="i",
             text_columns=("a", "b"),
+            triples="g",
             columns=preparation.Columns("u", "v", "", "e", "r"),
             filters=Filters("drop", 3.5, 5, 4, 2),
             ties="random:3",

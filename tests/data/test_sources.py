@@ -1,3 +1,4 @@
+import gzip
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,7 +31,7 @@ def described(dataset: Dataset) -> dict[str, dict[str, str | None]]:
 
 
 def test_every_kind_is_there():
-    assert SOURCES.keys() == {"sequences", "atomic", "movielens", "table", "synthetic"}
+    assert SOURCES.keys() == {"amazon", "atomic", "mind", "movielens", "sequences", "synthetic", "table"}
 
 
 def test_sequences(prepared):
@@ -206,6 +207,7 @@ def test_items_from_csv(prepared):
     }
     assert dataset.info["dropped"]["item_rows_repeated"] == 1
     assert dataset.info["dropped"]["items_without_row"] == 0
+    assert dataset.info["dropped"]["items_without_text"] == 0
 
 
 def test_items_from_json_lines(prepared):
@@ -216,18 +218,28 @@ def test_items_from_json_lines(prepared):
     )
     assert described(dataset) == {
         "NA": {"tags": None, "title": None},
-        "x": {"tags": "light, home", "title": "A lamp"},
+        "x": {"tags": ["light", "home"], "title": "A lamp"},
         "y,z": {"tags": None, "title": None},
     }
     assert dataset.info["item_columns"] == ["tags", "title"]
     assert dataset.info["dropped"]["items_without_row"] == 1
 
 
+def test_items_from_movies_dat(prepared, tmp_path):
+    (tmp_path / "log.txt").write_text("ana 2 1 3\n")
+    dataset = prepared(f"sequences:{tmp_path}/log.txt", items=FIXTURES / "ml-1m/movies.dat")
+    assert described(dataset) == {
+        "1": {"title": "Café Étoile (1991)", "genres": "Comedy, Drama"},
+        "2": {"title": "Long: Road", "genres": "Western"},
+        "3": {"title": None, "genres": None},
+    }
+
+
 def test_items_from_parquet(prepared, tmp_path):
     table = pa.table({"item_id": ["x"], "tags": [["light", "home"]], "year": [1999], "score": [0.5]})
     pq.write_table(table, tmp_path / "items.parquet")
     dataset = prepared(f"table:{FIXTURES}/table/small.csv", items=tmp_path / "items.parquet")
-    assert described(dataset)["x"] == {"tags": "light, home", "year": "1999", "score": "0.5"}
+    assert described(dataset)["x"] == {"tags": ["light", "home"], "year": "1999", "score": "0.5"}
 
 
 # -------------------------------------------------------------------- bad input
@@ -343,6 +355,18 @@ def test_a_column_that_was_named_must_be_there(prepared, tmp_path):
         ("i.csv", "item_id,title\nx,y\n", ("brand",), "no column 'brand'; found title"),
         ("i.csv", "id,title\nx,y\n", (), "no column 'item_id'; found id, title"),
         ("i.csv", "item_id,index\nx,1\n", (), "named 'index'"),
+        ("i.csv", "item_id,Title,title\nx,1,2\n", (), "'Title' and 'title' differ by case alone"),
+        ("i.csv", "item_id,title\n", (), "no rows; expected at least one item"),
+        ("i.csv", b"item_id,title\nx,caf\xe9\n", (), ":2: byte 0xe9 is not UTF-8"),
+        (
+            "i.csv",
+            gzip.compress(b"item_id,title\nx,y\n", mtime=0),
+            (),
+            "is packed with gzip; expected plain CSV",
+        ),
+        ("i.jsonl", b'{"item_id": "x"}\n{"item_id": "caf\xe9"}\n', (), ":2: byte 0xe9 is not UTF-8"),
+        ("i.jsonl", "", (), "is empty"),
+        ("i.json", '[{"item_id": "x"}]', (), "is a JSON array; expected JSON lines"),
         ("i.csv", "item_id,title\nx,y\n,z\n", (), ":3: no item_id"),
         ("i.jsonl", '{"item_id": "x"}\n{"item_id": \n', (), ":2: not JSON"),
         ("i.jsonl", '{"item_id": "x"}\n[1]\n', (), ":2: list; expected a JSON object"),
@@ -352,7 +376,7 @@ def test_a_column_that_was_named_must_be_there(prepared, tmp_path):
     ],
 )
 def test_bad_items_are_refused(prepared, tmp_path, name, content, columns, part):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     source = f"table:{FIXTURES}/table/small.csv"
     assert part in refused(prepared, tmp_path, source, items=tmp_path / name, text_columns=columns)
 

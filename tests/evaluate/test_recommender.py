@@ -119,7 +119,7 @@ def test_one_score_for_all_users_is_sorted_without_what_each_has_seen(histories:
 def test_a_second_table_is_held_only_where_vectors_are_not_the_rows(normalise: bool):
     model, params, tables = tiny.bstm(ITEMS, model__normalise=normalise)
     np.testing.assert_equal(
-        np.array_equal(jax.jit(model.catalogue)(params, tables), tables["item_id"]), model.table_is_catalogue
+        np.array_equal(jax.jit(model.ready)(tables["item_id"]), tables["item_id"]), not model.normalises
     )
     made = Recommender(model, tiny.mesh(1, 1, 1), 8, K, True)
 

@@ -11,8 +11,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
-from dynrec_jax.models.bstm import Bstm, make_bstm
-from dynrec_jax.models.item_encoder import ID_TABLE
+from dynrec_jax.models.bstm import Model
+from dynrec_jax.models.features import Items
+from dynrec_jax.models.towers.ids import ID_TABLE, SEEN
 from dynrec_jax.negatives import running_counts, sampling
 from dynrec_jax.parallel.exchange import Exchange
 from dynrec_jax.parallel.mesh import feed, make_mesh, place_rows, place_same
@@ -20,14 +21,20 @@ from dynrec_jax.parallel.processes import join
 from dynrec_jax.parallel.rows import lazy_adam, rowwise_adagrad
 from dynrec_jax.parallel.rules import sharding
 from dynrec_jax.parallel.table import rows_for
-from dynrec_jax.train.state import init_state
-from dynrec_jax.train.step import CompiledStep, StepSettings
+from dynrec_jax.train.state import Given, abstract_state, fresh_state
+from dynrec_jax.train.step import CompiledStep, Inputs, StepSettings
 
-from .. import tiny
+from .. import texts, tiny
 
 ITEMS = 300  # rows on all of eight devices
 STEPS, LISTED = 20, 10
 SCALARS = ("losses", "gradient_norm", "targets", "scores")
+TEXT_KEYS: dict[str, Any] = {
+    "item__text": ("title",),
+    "item__text_mode": "tuned",
+    "item__id_dropout": 0.3,
+    "loss__alignment": 0.0,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"model__hops": 1},
     "sampled": {"loss__kind": "sampled"},
@@ -37,6 +44,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "gbce": {"loss__kind": "gbce"},
     # Everything at once: several sources of negatives, parts of a batch, clipping, Adam of rows.
     "together": {"loss__kind": "sampled", "loss__sampler": "mixed", "train__clip_norm": 0.5},
+    # BERT in the loop, with its dropout; some items are never seen, some have no text.
+    "text": {"item__fusion": "both", **TEXT_KEYS},
+    "text_ensemble": {
+        "item__fusion": "ensemble",
+        "loss__kind": "sampled",
+        "loss__sampler": "mixed",
+        "model__normalise": True,
+        **TEXT_KEYS,
+    },
 }
 
 
@@ -49,9 +65,15 @@ def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
     c = tiny.config(model__dropout=0.3, loss__block_items=20, loss__negatives=16, **KINDS[kind])
     rate = optax.piecewise_constant_schedule(1.0, {1: 0.1})
     together = kind == "together"
-    model, tx = make_bstm(c, ITEMS), optax.sgd(rate)
+    items = texts.items(ITEMS) if kind.startswith("text") else Items(ITEMS)
+    model, tx = items.model(c), optax.sgd(rate)
     rows = lazy_adam() if together else rowwise_adagrad()
-    state, shardings = init_state(model, tx, rows, mesh, seed=3)
+    batch = place_batch(mesh, process)
+    _, shardings = abstract_state(model, tx, rows, mesh)
+    seen_Rx1 = texts.seen(ITEMS, mesh) if items.text else None
+    state = fresh_state(model, tx, rows, mesh, 3, shardings, Given(seen_Rx1))
+    inputs = Inputs(batch, None, {SEEN: seen_Rx1} if items.text else {}, texts.placed(items, mesh, process))
+    state = state._replace(caches=items.encoded(state.params, mesh))
     settings = StepSettings(
         seed=5,
         accumulation=2 if together else 1,
@@ -62,12 +84,11 @@ def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
     schedule = optax.constant_schedule(0.1)
     run = CompiledStep(mesh, shardings, model=model, tx=tx, row_tx=rows, schedule=schedule, settings=settings)
     counts = running_counts(np.arange(ITEMS + 1) % 7, rows_for(ITEMS))
-    running = place_same(sharding(mesh, "items"), counts)
-    batch = place_batch(mesh, process)
+    inputs = inputs._replace(running_R=place_same(sharding(mesh, "items"), counts))
     before = _named("before", (state.params, state.tables))
     losses = []
     for number in range(STEPS):
-        state, metrics = run(state, batch, running)
+        state, metrics = run(state, inputs)
         losses.append(float(metrics["loss"]))
         if number == 0:
             after = _named("after", (state.params, state.tables))
@@ -76,19 +97,23 @@ def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
     return {**scalars, **before, **after, "losses": np.array(losses), "ids": ids, "scores": scores}
 
 
-def place_batch(mesh: Mesh, process: int) -> Batch:
-    """Seven windows, in rows of which two share one and three are empty; each process brings its part."""
+def whole_batch() -> Batch:
+    """Seven windows, in rows of which two share one and three are empty."""
     rng = np.random.default_rng(0)
     w = [
         (n, rng.integers(1, ITEMS + 1, length).tolist()) for n, length in enumerate([9, 4, 5, 7, 2, 9, 3], 1)
     ]
+    return tiny.batch([[w[0]], [w[1], w[2]], [w[3], w[4]], [w[5]], [], [w[6]], [], []], 9)
+
+
+def place_batch(mesh: Mesh, process: int) -> Batch:
+    """The batch on the devices; each process brings its part."""
     own = feed(mesh, process)
-    batch = tiny.batch([[w[0]], [w[1], w[2]], [w[3], w[4]], [w[5]], [], [w[6]], [], []], 9)
     part = slice(own.part * 8 // own.parts, (own.part + 1) * 8 // own.parts)
-    return Batch(*(place_rows(mesh, np.asarray(values)[part]) for values in batch))
+    return Batch(*(place_rows(mesh, np.asarray(values)[part]) for values in whole_batch()))
 
 
-def lists(model: Bstm, mesh: Mesh, state: Any) -> tuple[np.ndarray, np.ndarray]:
+def lists(model: Model, mesh: Mesh, state: Any) -> tuple[np.ndarray, np.ndarray]:
     """ABRA's lists for eight fixed queries with the trained table."""
     rng = np.random.default_rng(1)
     queries = rng.normal(size=(8, model.abra.dim)).astype(np.float32)

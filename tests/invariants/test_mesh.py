@@ -11,7 +11,13 @@ from .. import tiny, two_processes
 from . import one_step
 
 ALL = [(8, 1, 1), (2, 2, 2), (1, 8, 1)]
-QUICK = [("full", (2, 2, 2)), ("sampled", (8, 1, 1)), ("together", (2, 2, 2)), ("gbce", (1, 8, 1))]
+QUICK = [
+    ("full", (2, 2, 2)),
+    ("sampled", (8, 1, 1)),
+    ("together", (2, 2, 2)),
+    ("gbce", (1, 8, 1)),
+    ("text", (2, 2, 2)),
+]
 MESHES = [
     pytest.param(kind, sizes, marks=[] if (kind, sizes) in QUICK else pytest.mark.slow)
     for kind in one_step.KINDS
@@ -26,7 +32,8 @@ def on_one_device(kind: str) -> dict[str, np.ndarray]:
     found = one_step.step(kind, tiny.mesh(1, 1, 1))
     # The step does something everywhere; else a comparison says nothing.
     for name in found:
-        if name.startswith("before"):
+        # A bias of keys adds the same to all scores of a query: attention does not see it.
+        if name.startswith("before") and "['key']['bias']" not in name:
             assert np.abs(found[name] - found[name.replace("before", "after")]).max() > 1e-4
     return found
 

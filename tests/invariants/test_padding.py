@@ -6,6 +6,7 @@ import pytest
 
 from dynrec_jax.models.bstm import make_bstm
 from dynrec_jax.train.loop import setup
+from dynrec_jax.train.step import Inputs
 
 from .. import tiny
 
@@ -36,7 +37,7 @@ def test_the_row_of_padding_never_changes(kind: str):
     before = np.asarray(state.tables["item_id"])
     batch = tiny.batch([[(1, [1, 2, 3, 1])], [(2, [9, 10, 11])]], 9)
     for _ in range(3):
-        state, _ = step(state, batch, None)
+        state, _ = step(state, Inputs(batch))
     after = np.asarray(state.tables["item_id"])
     assert np.array_equal(after[0], before[0])
     assert not before[0].any()

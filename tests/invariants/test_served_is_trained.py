@@ -20,7 +20,7 @@ def test_the_softmax_of_the_served_scores_gives_the_training_loss(changes: dict[
     table_RxD = tables["item_id"]
     window = [4, 11, 30, 2, 2, 17]
     batch = tiny.batch([[(1, window)]], 9)
-    rows = Rows(items=table_RxD[batch.items], catalogue=table_RxD)
+    rows = Rows(items={"item_id": table_RxD[batch.items]}, catalogue={"item_id": table_RxD})
     total, targets = jax.jit(lambda: model.loss(params, rows, batch, None, jax.random.key(0)))()
 
     # Serve after each prefix, with the whole catalogue as the list.
@@ -29,7 +29,7 @@ def test_the_softmax_of_the_served_scores_gives_the_training_loss(changes: dict[
         prefixes[t, : t + 1] = window[: t + 1]
 
     def serve() -> tuple[jax.Array, jax.Array]:
-        catalogue = model.catalogue(params, tables)
+        catalogue = model.ready(model.catalogue(params, tables))
         none = jnp.zeros((5, 1), jnp.int32)
         answer = model.recommend(params, table_RxD[prefixes], jnp.asarray(prefixes), catalogue, none, ITEMS)
         return answer.ids, answer.scores

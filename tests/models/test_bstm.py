@@ -30,9 +30,15 @@ def loss_function(model: Bstm) -> Callable[..., Any]:
 
     def loss(params: Any, table: Any, batch: Batch) -> Any:
         if model.sampled:
-            rows = Rows(table[batch.items], negatives=table[NEGATIVES.ids])
+            rows = Rows({"item_id": table[batch.items]}, negatives={"item_id": table[NEGATIVES.ids]})
             return model.loss(params, rows, batch, NEGATIVES, jax.random.key(2))
-        return model.loss(params, Rows(table[batch.items], catalogue=table), batch, None, jax.random.key(2))
+        return model.loss(
+            params,
+            Rows({"item_id": table[batch.items]}, catalogue={"item_id": table}),
+            batch,
+            None,
+            jax.random.key(2),
+        )
 
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
@@ -113,7 +119,10 @@ def test_gbce_is_calibrated_by_the_config():
     values, targets = {}, 0.0
     for calibration in (0.0, 0.5, 1.0):
         model, params, tables = tiny.bstm(ITEMS, loss__kind="gbce", loss__calibration=calibration)
-        rows = Rows(tables["item_id"][PACKED.items], negatives=tables["item_id"][NEGATIVES.ids])
+        rows = Rows(
+            {"item_id": tables["item_id"][PACKED.items]},
+            negatives={"item_id": tables["item_id"][NEGATIVES.ids]},
+        )
         run = jax.jit(functools.partial(model.loss, params, rows, PACKED, NEGATIVES))
         values[calibration], targets = run(jax.random.key(2))
     assert values[0.0] > values[0.5] > values[1.0] > 0
@@ -124,7 +133,7 @@ def test_gbce_is_calibrated_by_the_config():
 
 def test_a_sampled_loss_without_negatives_is_refused():
     model, params, tables = tiny.bstm(ITEMS, loss__kind="sampled")
-    rows = Rows(tables["item_id"][PACKED.items])
+    rows = Rows({"item_id": tables["item_id"][PACKED.items]})
     with pytest.raises(ValueError, match=r"needs rows\.negatives"):
         jax.eval_shape(lambda: model.loss(params, rows, PACKED, None, jax.random.key(0)))
 

@@ -48,7 +48,7 @@ def train(histories: Histories, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     def run(folder: Path, step: Callable[[Step], Step] = lambda step: step, **changes: Any) -> dict[str, Any]:
         host, template, real = compiled()
 
-        def fresh() -> Any:
+        def fresh(given: Any) -> Any:
             return jax.tree.map(lambda x, like: jax.device_put(jnp.array(x), like.sharding), host, template)
 
         monkeypatch.setattr(loop, "setup", lambda *_: loop.Setup(template, fresh, step(real)))

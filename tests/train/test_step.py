@@ -14,7 +14,7 @@ from dynrec_jax.negatives import Negatives, sampling
 from dynrec_jax.parallel.rows import RowOptimizer
 from dynrec_jax.train import step
 from dynrec_jax.train.state import init_state
-from dynrec_jax.train.step import CompiledStep, StepSettings, parts_for
+from dynrec_jax.train.step import CompiledStep, Inputs, StepSettings, parts_for
 
 from .. import tiny
 
@@ -52,7 +52,7 @@ def one_step(kind: str, accumulation: int, clip: float, pieces: int = 0) -> Done
     drawn = Negatives(jnp.asarray(NEGATIVES), jnp.full((4,), jnp.log(4 / ITEMS)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "draw_negatives", lambda *_: drawn)
-        new, metrics = run(state, BATCH, None)
+        new, metrics = run(state, Inputs(BATCH))
     after = jax.tree.map(np.array, {"params": new.params, "tables": new.tables})
     deleted = [leaf.is_deleted() for leaf in jax.tree.leaves(state)]
     return Done(before, after, jax.tree.map(float, metrics), deleted)

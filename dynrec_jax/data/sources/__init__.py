@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
-from dynrec_jax.data.sources import atomic, movielens, sequences, synthetic, table
+from dynrec_jax.data.sources import amazon, atomic, mind, movielens, sequences, synthetic, table
 from dynrec_jax.data.sources.source import Job, Source
 from dynrec_jax.errors import DataError
 
 SOURCES: dict[str, Callable[[Job], Source]] = {
+    "amazon": amazon.read,
     "atomic": atomic.read,
+    "mind": mind.read,
     "movielens": movielens.read,
     "sequences": sequences.read,
     "synthetic": synthetic.read,

@@ -6,8 +6,9 @@ from pathlib import Path
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from dynrec_jax.data.engine import load
+from dynrec_jax.data.kinds import TEXT
 from dynrec_jax.data.sources.columns import pick
+from dynrec_jax.data.sources.described import load_described
 from dynrec_jax.data.sources.lines import field_blocks, first_text_line, require_file
 from dynrec_jax.data.sources.source import Columns, Job, Source, finish, raw_schema
 from dynrec_jax.errors import DataError
@@ -32,7 +33,7 @@ def read(job: Job) -> Source:
             yield pa.record_batch([*(fields[i] for i in chosen), lines], schema=schema)
 
     items = path.with_suffix(".item")
-    described = item_table(job, items, columns["item"]) if items.is_file() else None
+    described = item_table(job, items, columns["item"]) if job.own_items and items.is_file() else None
     return finish(
         job, f"atomic:{path.name}", schema, batches(), lambda line: f"{path}:{line}", items=described
     )
@@ -59,11 +60,13 @@ def item_table(job: Job, path: Path, item: str) -> ir.Table:
     found = header(require_file(path, "a RecBole .item file"))
     if item not in found:
         raise DataError(f"{path}: no column {item!r}; found {', '.join(found)}")
-    names = ["item_id" if name == item else name for name in found]
-    schema = pa.schema([*((name, pa.string()) for name in names), ("place", pa.int64())])
+    if twice := [name for name in found if found.count(name) > 1]:
+        raise DataError(f"{path}: {found.count(twice[0])} columns are named {twice[0]!r}; expected one")
+    at = found.index(item)
+    names = [name for name in found if name != item]
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    def batches() -> Iterator[tuple[list[pa.Array], pa.Array]]:
         for lines, fields in field_blocks(path, "\t", len(found), skip=1):
-            yield pa.record_batch([*fields, lines], schema=schema)
+            yield [fields[at], *fields[:at], *fields[at + 1 :]], lines
 
-    return load(job.con, "raw_items", schema, batches())
+    return load_described(job.con, "raw_items", dict.fromkeys(names, TEXT), batches(), str(path))

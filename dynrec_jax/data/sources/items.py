@@ -1,9 +1,14 @@
-"""`--items=FILE`: what describes the items, as CSV, Parquet or JSON lines with a column `item_id`."""
+"""`--items=FILE`: what describes the items: CSV, Parquet or JSON lines with a column `item_id`, or a JSON object.
+
+A column of CSV is text. In Parquet (by its type) and in JSON (by its values) a column of lists of strings or whole
+numbers is a set, one of lists of real numbers a vector, all else is text. The JSON object maps item ids to lists, which
+become the column `attributes`. A meta file of Amazon's reviews and GroupLens'
+movies.dat are read as their sources read them.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +17,10 @@ import pyarrow as pa
 from ibis.backends.duckdb import Backend
 
 from dynrec_jax.data.catalogue import chosen_columns
-from dynrec_jax.data.engine import load
-from dynrec_jax.data.sources.lines import line_blocks, require_file
+from dynrec_jax.data.kinds import SET, TEXT, VECTOR
+from dynrec_jax.data.sources import amazon_items, json_items, movielens
+from dynrec_jax.data.sources.described import ID, Vectors, load_described, numbered, set_of
+from dynrec_jax.data.sources.lines import require_file
 from dynrec_jax.data.sources.tabular import (
     as_text,
     check_type,
@@ -21,12 +28,12 @@ from dynrec_jax.data.sources.tabular import (
     csv_header,
     csv_line,
     is_parquet,
+    is_text,
     parquet_batches,
     parquet_schema,
 )
 from dynrec_jax.errors import DataError
 
-ID = "item_id"
 TABLE = "raw_items_file"
 
 
@@ -39,18 +46,21 @@ def read_items(con: Backend, path: Path, wanted: tuple[str, ...]) -> tuple[ir.Ta
       wanted: Columns to keep; empty keeps all.
 
     Raises:
-      DataError: No such file, no column `item_id` or none of a name in `wanted`; a row without an id.
+      DataError: No such file or no row, no column `item_id` or none of a name in `wanted`; a row without an id; a
+        column that holds values of two kinds, vectors of two lengths or a number that is not finite.
     """
     require_file(path, f"CSV, Parquet or JSON lines with a column {ID!r}")
     if is_parquet(path):
         return read_parquet(con, path, wanted)
-    return read_json(con, path, wanted) if is_json(path) else read_csv(con, path, wanted)
-
-
-def is_json(path: Path) -> bool:
-    """Whether the first thing in a file is an object."""
-    with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+    if movielens.is_movies_dat(path):
+        columns = chosen_columns(str(path), list(movielens.ITEMS), wanted)
+        return movielens.movies_dat(con, path, TABLE), columns
+    if not json_items.is_json(path):
+        return read_csv(con, path, wanted)
+    if amazon_items.is_meta(path):
+        columns = chosen_columns(str(path), list(amazon_items.KINDS), wanted)
+        return amazon_items.read_meta(con, path, TABLE), columns
+    return read_json(con, path, wanted)
 
 
 def keep(path: Path, found: list[str], wanted: tuple[str, ...]) -> list[str]:
@@ -65,22 +75,13 @@ def keep(path: Path, found: list[str], wanted: tuple[str, ...]) -> list[str]:
 
 
 def placed(
-    con: Backend, path: Path, columns: list[str], batches: Iterator[list[pa.Array]]
+    con: Backend, path: Path, kinds: dict[str, str], batches: Iterator[list[pa.Array]]
 ) -> tuple[ir.Table, list[str]]:
     """Loads arrays (id first, then the columns) with their row as the place."""
-    schema = pa.schema([(ID, pa.string()), *((name, pa.string()) for name in columns), ("place", pa.int64())])
-
-    def numbered() -> Iterator[pa.RecordBatch]:
-        start = 1
-        for arrays in batches:
-            size = len(arrays[0])
-            yield pa.record_batch([*arrays, pa.array(range(start, start + size), pa.int64())], schema=schema)
-            start += size
-
-    return load(con, TABLE, schema, numbered()), columns
+    return load_described(con, TABLE, kinds, numbered(batches), str(path)), list(kinds)
 
 
-def refuse_without_id(ids: pa.Array, where: Any) -> None:
+def refuse_without_id(ids: pa.Array, where: Callable[[int], str]) -> None:
     """Raises DataError at the first row whose id is missing; `where` makes its index a place."""
     for index, value in enumerate(ids.to_pylist() if ids.null_count else ()):
         if not value:
@@ -98,78 +99,70 @@ def read_csv(con: Backend, path: Path, wanted: tuple[str, ...]) -> tuple[ir.Tabl
             yield batch.columns
             done += batch.num_rows
 
-    return placed(con, path, columns, batches())
+    return placed(con, path, dict.fromkeys(columns, TEXT), batches())
+
+
+def read_json(con: Backend, path: Path, wanted: tuple[str, ...]) -> tuple[ir.Table, list[str]]:
+    """Reads JSON; a key that an object lacks is null."""
+    items = json_items.open_json(path)
+    found = json_items.columns_of(items)
+    kinds = {name: json_items.kind_of(items, name, found[name]) for name in keep(path, list(found), wanted)}
+    return placed(con, path, kinds, json_items.arrays(items, kinds))
 
 
 def read_parquet(con: Backend, path: Path, wanted: tuple[str, ...]) -> tuple[ir.Table, list[str]]:
-    """Reads Parquet; numbers become their text, lists are joined by commas."""
+    """Reads Parquet; numbers become their text."""
     schema = parquet_schema(path)
     columns = keep(path, schema.names, wanted)
     check_type(path, ID, schema.field(ID).type, "item")
+    kinds = {name: kind_of(schema.field(name).type) for name in columns}
+    vectors = {name: Vectors(name) for name in columns}
 
     def batches() -> Iterator[list[pa.Array]]:
         done = 1
+
+        def where(index: int) -> str:
+            return f"{path}: row {done + index}"
+
         for batch in parquet_batches(path, [ID, *columns]):
-            arrays = [column_text(path, name, batch.column(i)) for i, name in enumerate([ID, *columns])]
-            refuse_without_id(arrays[0], lambda i: f"{path}: row {done + i}")  # noqa: B023
+            ids = as_text(path, ID, batch.column(0))
+            refuse_without_id(ids, where)
+            arrays = [ids]
+            for name, values in zip(columns, batch.columns[1:], strict=True):
+                if kinds[name] == VECTOR:
+                    arrays.append(vectors[name].checked(values, where))
+                elif kinds[name] == SET:
+                    arrays.append(pa.array(map(set_of, values_of(path, name, values)), pa.list_(pa.string())))
+                else:
+                    arrays.append(column_text(path, name, values))
             yield arrays
             done += batch.num_rows
 
-    return placed(con, path, columns, batches())
+    return placed(con, path, kinds, batches())
+
+
+def kind_of(type_: pa.DataType) -> str:
+    """What a column of a Parquet type is."""
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_):
+        if is_text(type_.value_type) or pa.types.is_integer(type_.value_type):
+            return SET
+        if pa.types.is_floating(type_.value_type):
+            return VECTOR
+    return TEXT
 
 
 def column_text(path: Path, name: str, values: pa.Array) -> pa.Array:
     """A column's values as text, nested ones value by value."""
     if pa.types.is_nested(values.type):
-        return pa.array([value_text(value) for value in values.to_pylist()], pa.string())
+        return pa.array(map(json_items.value_text, values_of(path, name, values)), pa.string())
     if pa.types.is_temporal(values.type):
         return values.cast(pa.string())
     return as_text(path, name, values)
 
 
-def value_text(value: Any) -> str | None:
-    """A value of JSON as text: lists joined by commas, objects as JSON."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return ", ".join(text for text in map(value_text, value) if text)
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def read_json(con: Backend, path: Path, wanted: tuple[str, ...]) -> tuple[ir.Table, list[str]]:
-    """Reads JSON lines; a key that an object lacks is null."""
-    found: dict[str, None] = {}
-    for line, row in json_rows(path):
-        found.update(dict.fromkeys(row))
-        if ID in row and (isinstance(row[ID], bool) or not isinstance(row[ID], str | int)):
-            raise DataError(f"{path}:{line}: {ID} {row[ID]!r}; expected a string or a whole number")
-        if row.get(ID, "") == "":
-            raise DataError(f"{path}:{line}: no {ID}; expected one in every row")
-    columns = keep(path, list(found), wanted)
-
-    def batches() -> Iterator[list[pa.Array]]:
-        block: list[list[str | None]] = []
-        for _, row in json_rows(path):
-            block.append([value_text(row.get(name)) for name in (ID, *columns)])
-            if len(block) == 10_000:
-                yield [pa.array(values, pa.string()) for values in zip(*block, strict=True)]
-                block = []
-        if block:
-            yield [pa.array(values, pa.string()) for values in zip(*block, strict=True)]
-
-    return placed(con, path, columns, batches())
-
-
-def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line, object); DataError where a line is none."""
-    for first, lines in line_blocks(path):
-        for line, text in enumerate(lines, first):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise DataError(f"{path}:{line}: not JSON ({error}); expected an object a line") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{line}: {type(row).__name__}; expected a JSON object a line")
-            yield line, row
+def values_of(path: Path, name: str, values: pa.Array) -> list[Any]:
+    """Values in Python; DataError where text among them is none."""
+    try:
+        return values.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: column {name!r}: {error}; expected text in UTF-8") from None

@@ -1,7 +1,10 @@
 """Text files by lines, in blocks: UTF-8 checked, rows cut into fields by whole arrays, never row by row."""
 
 import codecs
+import gzip
+import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +15,7 @@ from dynrec_jax.errors import DataError
 BLOCK = 8 << 20
 # A place is the file's number above this bit and the line's below it.
 FILE_SHIFT = 44
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 def require_file(path: Path, what: str) -> Path:
@@ -23,6 +27,25 @@ def require_file(path: Path, what: str) -> Path:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty; expected {what}")
     return path
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether a file is packed with gzip, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+
+
+def open_bytes(path: Path) -> BufferedIOBase:
+    """Opens a file to read its bytes, unpacked where it is gzip."""
+    return gzip.open(path) if is_gzip(path) else path.open("rb")
+
+
+def read_bytes(file: BufferedIOBase, path: Path, size: int = -1) -> bytes:
+    """Bytes of what `open_bytes` opened; DataError where a packed file is cut short or damaged."""
+    try:
+        return file.read(size)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: cut short or damaged ({error}); expected a whole gzip file") from None
 
 
 def is_utf8(path: Path) -> bool:
@@ -41,13 +64,15 @@ def is_utf8(path: Path) -> bool:
 def line_blocks(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, list[str]]]:
     """Yields (number of the first line, lines without their ends) for blocks of whole lines, counted from 1.
 
+    A file packed with gzip is unpacked on the way.
+
     Raises:
-      DataError: Bytes that are not text in that encoding, with the line.
+      DataError: Bytes that are not text in that encoding, with the line; a packed file that is cut short.
     """
     line, rest = 1, b""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         while True:
-            block = file.read(BLOCK)
+            block = read_bytes(file, path, BLOCK)
             if not rest and line == 1 and block.startswith(codecs.BOM_UTF8):
                 block = block[len(codecs.BOM_UTF8) :]
             rest += block

@@ -6,9 +6,11 @@ from pathlib import Path
 import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.compute as pc
+from ibis.backends.duckdb import Backend
 
-from dynrec_jax.data.engine import load
+from dynrec_jax.data.kinds import TEXT
 from dynrec_jax.data.sources.columns import refuse_columns
+from dynrec_jax.data.sources.described import load_described, numbered
 from dynrec_jax.data.sources.lines import field_blocks, is_utf8, require_file
 from dynrec_jax.data.sources.source import Columns, Job, Source, finish, raw_schema
 from dynrec_jax.data.sources.table import read_files
@@ -16,9 +18,7 @@ from dynrec_jax.data.sources.tabular import csv_batches
 from dynrec_jax.errors import DataError
 
 SCHEMA = raw_schema(times=True, events=False, ratings=True)
-ITEMS = pa.schema(
-    [("item_id", pa.string()), ("title", pa.string()), ("genres", pa.string()), ("place", pa.int64())]
-)
+ITEMS = {"title": TEXT, "genres": TEXT}
 CSV_COLUMNS = Columns("userId", "movieId", "timestamp", "", "rating")
 NO_GENRES = "(no genres listed)"
 # The flags at the end of a line of ml-100k's u.item, in their order.
@@ -44,7 +44,7 @@ def read(job: Job) -> Source:
     if (folder / "u.data").is_file():
         return read_plain(job, name, folder / "u.data", "\t", movies_100k(job, folder / "u.item"))
     if (folder / "ratings.dat").is_file():
-        return read_plain(job, name, folder / "ratings.dat", "::", movies_dat(job, folder / "movies.dat"))
+        return read_plain(job, name, folder / "ratings.dat", "::", dat_items(job, folder / "movies.dat"))
     if (folder / "ratings.csv").is_file():
         path = require_file(folder / "ratings.csv", "GroupLens ratings")
         return read_files(job, [path], name, CSV_COLUMNS, movies_csv(job, folder / "movies.csv"))
@@ -76,42 +76,46 @@ def joined(genres: pa.Array) -> pa.Array:
 
 def movies_100k(job: Job, path: Path) -> ir.Table | None:
     """ml-100k's u.item: id, title, two dates, an address, and a flag a genre."""
-    if not path.is_file():
+    if not (job.own_items and path.is_file()):
         return None
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    def batches() -> Iterator[tuple[list[pa.Array], pa.Array]]:
         for lines, fields in field_blocks(path, "|", 5 + len(GENRES), item_encoding(path)):
             flags = zip(*(field.to_pylist() for field in fields[5:]), strict=True)
             genres = [", ".join(g for g, f in zip(GENRES, row, strict=True) if f == "1") for row in flags]
-            yield pa.record_batch([fields[0], fields[1], pa.array(genres, pa.string()), lines], schema=ITEMS)
+            yield [fields[0], fields[1], pa.array(genres, pa.string())], lines
 
-    return load(job.con, "raw_items", ITEMS, batches())
+    return load_described(job.con, "raw_items", ITEMS, batches(), str(path))
 
 
-def movies_dat(job: Job, path: Path) -> ir.Table | None:
+def dat_items(job: Job, path: Path) -> ir.Table | None:
+    """What movies.dat says, where it is there."""
+    return movies_dat(job.con, path, "raw_items") if job.own_items and path.is_file() else None
+
+
+def is_movies_dat(path: Path) -> bool:
+    """Whether the first line of a file is `id::title::genres`."""
+    with path.open("rb") as file:
+        return file.readline(4096).count(b"::") >= 2
+
+
+def movies_dat(con: Backend, path: Path, table: str) -> ir.Table:
     """movies.dat: `id::title::genres`."""
-    if not path.is_file():
-        return None
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    def batches() -> Iterator[tuple[list[pa.Array], pa.Array]]:
         for lines, (item, title, genres) in field_blocks(path, "::", 3, item_encoding(path)):
-            yield pa.record_batch([item, title, joined(genres), lines], schema=ITEMS)
+            yield [item, title, joined(genres)], lines
 
-    return load(job.con, "raw_items", ITEMS, batches())
+    return load_described(con, table, ITEMS, batches(), str(path))
 
 
 def movies_csv(job: Job, path: Path) -> ir.Table | None:
     """movies.csv: movieId, title, genres."""
-    if not path.is_file():
+    if not (job.own_items and path.is_file()):
         return None
 
-    def batches() -> Iterator[pa.RecordBatch]:
-        start = 1
+    def batches() -> Iterator[list[pa.Array]]:
         for batch in csv_batches(path, ["movieId", "title", "genres"]):
-            place = pa.array(range(start, start + batch.num_rows), pa.int64())
-            yield pa.record_batch(
-                [batch.column(0), batch.column(1), joined(batch.column(2)), place], schema=ITEMS
-            )
-            start += batch.num_rows
+            yield [batch.column(0), batch.column(1), joined(batch.column(2))]
 
-    return load(job.con, "raw_items", ITEMS, batches())
+    return load_described(job.con, "raw_items", ITEMS, numbered(batches()), str(path))

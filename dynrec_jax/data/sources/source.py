@@ -47,7 +47,8 @@ class Source:
       where: A place as `file:line`, for messages.
       has_times, has_events, has_ratings: Whether the source has the column at all.
       time_unit: How the source wrote times.
-      items: item_id and further string columns, or None; item ids may repeat.
+      items: What `load_described` gives, or None; item ids may repeat.
+      ordered_ties: Whether events at the same time are known to be in the order in which they happened.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Source:
     has_ratings: bool
     time_unit: str | None = None
     items: ir.Table | None = None
+    ordered_ties: bool = False
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Job:
       columns: Column names given by the user.
       key: Where given, user ids become HMAC-SHA256 under this key before they reach the engine.
       folder: A temporary folder that exists.
+      own_items: Whether the source's own items are wanted; not where a file describes them.
     """
 
     con: Backend
@@ -77,6 +80,7 @@ class Job:
     columns: Columns = field(default_factory=Columns)
     key: bytes | None = None
     folder: Path = Path()
+    own_items: bool = True
 
 
 def raw_schema(times: bool, events: bool, ratings: bool) -> pa.Schema:
@@ -105,6 +109,7 @@ def finish(
     *,
     time_unit: str | None = None,
     items: ir.Table | None = None,
+    ordered_ties: bool = False,
 ) -> Source:
     """Loads a reader's raw batches and gives them their types.
 
@@ -116,6 +121,7 @@ def finish(
       where: A place as `file:line`.
       time_unit: Unit of the times where the reader knows it; else it is told by their magnitude.
       items: Relation of items.
+      ordered_ties: Whether events at the same time are known to be in the order in which they happened.
 
     Raises:
       DataError: No rows at all; a time or rating that is not a number; times in mixed units.
@@ -134,4 +140,4 @@ def finish(
     events, unit = typed_events(job.con, raw, where, time_unit)
     drop(job.con, RAW)
     has_times, has_events, has_ratings = (name in schema.names for name in ("time", "event", "rating"))
-    return Source(name, events, where, has_times, has_events, has_ratings, unit, items)
+    return Source(name, events, where, has_times, has_events, has_ratings, unit, items, ordered_ties)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from dynrec_jax.data.sources.lines import first_text_line, line_blocks
+from dynrec_jax.data.sources.lines import first_text_line, is_gzip, line_blocks
 from dynrec_jax.errors import DataError
 
 BLOCK = 16 << 20
@@ -35,7 +35,9 @@ def csv_delimiter(path: Path) -> str:
 
 
 def csv_header(path: Path) -> list[str]:
-    """Names of a CSV file's columns; DataError where the header names a column twice or not at all."""
+    """Names of a CSV file's columns; DataError where it is packed."""
+    if is_gzip(path):
+        raise DataError(f"{path}: is packed with gzip; expected plain CSV, unpack it first")
     return next(csv.reader([first_text_line(path)], delimiter=csv_delimiter(path)), [])
 
 

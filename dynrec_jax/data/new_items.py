@@ -1,0 +1,79 @@
+"""Items that arrived after a dataset was prepared: read as `prepare --items` reads them, in the dataset's columns."""
+
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dynrec_jax.data.catalogue import one_row_an_item
+from dynrec_jax.data.dataset import Dataset
+from dynrec_jax.data.engine import engine
+from dynrec_jax.data.faults import machine_faults
+from dynrec_jax.data.sources.items import read_items
+from dynrec_jax.errors import DataError
+
+
+class NewItems(NamedTuple):
+    """Items that a dataset does not have.
+
+    Attributes:
+      table: rows as in `Dataset.items_table`; their indices follow the dataset's, in the order of the ids' bytes.
+      known: how many rows of the file are items of the dataset, and were left out.
+    """
+
+    table: pa.Table
+    known: int
+
+
+def read_new_items(path: Path, dataset: Dataset, needed: set[str]) -> NewItems:
+    """Reads a file of items; columns that the dataset does not have are not looked at.
+
+    Args:
+      path: anything that `prepare --items` takes.
+      dataset: whose items are known.
+      needed: columns of which the file must have one at least.
+
+    Raises:
+      DataError: no such file, not what it must be, none of the columns, a column of another kind, or no new item.
+    """
+    own = dataset.items_table()
+    with (
+        tempfile.TemporaryDirectory(prefix="dynrec-") as folder,
+        machine_faults(Path(folder)),
+        engine(Path(folder)) as con,
+    ):
+        described, found = read_items(con, path, ())
+        columns = [name for name in own.column_names[2:] if name in found]
+        if not needed.intersection(columns):
+            raise DataError(
+                f"{path}: has the columns {', '.join(found) or 'none'}; the model describes items by "
+                f"{', '.join(sorted(needed))}, expected one of these"
+            )
+        table = one_row_an_item(described, columns).order_by("item_id").to_pyarrow()
+    ids = table.column("item_id").cast(pa.string()).combine_chunks()
+    new = pc.invert(pc.is_in(ids, value_set=dataset.item_ids().cast(pa.string())))
+    fresh = table.filter(new)
+    if not fresh.num_rows:
+        raise DataError(f"{path}: all of its {table.num_rows:,} items are in the dataset; leave --items out")
+    arrays: list[pa.Array | pa.ChunkedArray] = [
+        pa.array(range(dataset.items + 1, dataset.items + 1 + fresh.num_rows), pa.int32()),
+        fresh.column("item_id").cast(pa.string()),
+    ]
+    for name in own.column_names[2:]:
+        kind = own.schema.field(name).type
+        if name not in columns:
+            arrays.append(pa.nulls(fresh.num_rows, kind))
+            continue
+        if pa.types.is_list(fresh.column(name).type) != pa.types.is_list(kind):
+            raise DataError(
+                f"{path}: column {name!r} is {fresh.column(name).type}; expected {kind}, as the dataset's"
+            )
+        try:
+            arrays.append(fresh.column(name).cast(kind))
+        except pa.ArrowException:
+            raise DataError(
+                f"{path}: column {name!r} is {fresh.column(name).type}; expected {kind}, as the dataset's"
+            ) from None
+    return NewItems(pa.table(arrays, names=own.column_names), table.num_rows - fresh.num_rows)

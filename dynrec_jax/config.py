@@ -83,9 +83,9 @@ def default_config() -> ml_collections.ConfigDict:
     # vectors, triples); "both", weighed by a learned gate; or the summed scores of two models, one of ids and one of
     # the towers ("ensemble").
     c.item.fusion = "id"
-    c.item.id_dropout = (
-        0.1  # "both": share of the items that a step sees without their id, so that the rest must speak
-    )
+    # "both", "ensemble": share of the items that a step sees without their id, so that the rest must speak, and so that
+    # the vector of items of which nothing is known is learned.
+    c.item.id_dropout = 0.1
     c.item.text = ()  # text columns of the items, joined in this order
     c.item.bert = (
         ""  # folder of a Hugging Face BERT, or a hub's id; empty: one of random weights, to be tuned

@@ -29,8 +29,8 @@ from dynrec_jax.data.dataset import Dataset, open_dataset
 from dynrec_jax.data.new_items import NewItems, read_new_items
 from dynrec_jax.errors import ConfigError, DataError, MachineError
 from dynrec_jax.files import is_temporary, remove_temporary, write_whole
-from dynrec_jax.models.bstm import Model
 from dynrec_jax.models.features import Items, read_items
+from dynrec_jax.models.model import Model
 from dynrec_jax.models.towers.kinds import columns_of
 from dynrec_jax.parallel.mesh import usable_mesh
 from dynrec_jax.parallel.processes import ALONE, Processes

@@ -5,6 +5,9 @@ dynrec train --config=experiments/beauty_attributes.py --workdir=runs/beauty-att
 dynrec evaluate --workdir=runs/beauty-attributes
 
 `--config=experiments/beauty_attributes.py:id` trains the same with ids alone, `:ensemble` two models side by side.
+
+After 300 steps (--config.train.steps=300, 7 epochs, 3 minutes of one core) test ndcg@10 is 0.0260, and 0.0111 with ids
+alone, which learn more slowly: this is no comparison at their ends. One seed, measured 2026-11-25.
 """
 
 from dynrec_jax.config import default_config

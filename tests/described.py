@@ -57,11 +57,11 @@ def text_tower() -> Tower:
 
 
 def attribute_tower(items: int) -> Tower:
-    """Up to three of eight attributes; every second item has none."""
+    """Three of 200 attributes, so that hardly any two items have the same; every second item has none."""
     rng = np.random.default_rng(6)
-    values = rng.integers(0, 9, (items, 3)).astype(np.int32)
+    values = rng.integers(1, 201, (items, 3)).astype(np.int32)
     values[1::2] = 0
-    make = functools.partial(AttributeTower, "attributes:a", 8)
+    make = functools.partial(AttributeTower, "attributes:a", 200)
     return Tower("attributes_a", make, {"attributes:a": Values(values)})
 
 
@@ -70,7 +70,7 @@ def vector_tower(items: int, known: int | None = None) -> Tower:
     values = np.random.default_rng(7).normal(size=(items, 5)).astype(np.float32)
     values[4::5] = 0
     make = functools.partial(VectorTower, "vector:v")
-    return Tower("vector_v", make, {"vector:v": centred(values, values[:known])})
+    return Tower("vector0_v", make, {"vector:v": centred(values, values[:known])})
 
 
 def items(number: int, **text: Any) -> Items:

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
 from dynrec_jax.config import default_config, validate
-from dynrec_jax.models.bstm import Bstm, make_bstm
+from dynrec_jax.models.bstm import Bstm
+from dynrec_jax.models.model import make_bstm
 from dynrec_jax.parallel.mesh import make_mesh
 
 Row = Sequence[tuple[int, Sequence[int]]]  # windows of one row: (its number in the batch, its items)

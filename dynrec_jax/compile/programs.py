@@ -15,7 +15,8 @@ from dynrec_jax.config import describes_items
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.evaluate.evaluator import LIST_LENGTH
 from dynrec_jax.evaluate.recommender import Recommender, seen_width
-from dynrec_jax.models.bstm import Bstm, make_bstm
+from dynrec_jax.models.bstm import Bstm
+from dynrec_jax.models.model import make_bstm
 from dynrec_jax.models.towers.ids import ID_TABLE
 from dynrec_jax.parallel import capacity
 from dynrec_jax.parallel.blocks import PEER_AXES, TWIN_AXES

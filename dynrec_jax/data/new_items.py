@@ -11,7 +11,8 @@ from dynrec_jax.data.catalogue import one_row_an_item
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.data.engine import engine
 from dynrec_jax.data.faults import machine_faults
-from dynrec_jax.data.sources.items import read_items
+from dynrec_jax.data.kinds import SET, TEXT, VECTOR
+from dynrec_jax.data.sources.items import columns_in, read_items
 from dynrec_jax.errors import DataError
 
 
@@ -33,7 +34,7 @@ def read_new_items(path: Path, dataset: Dataset, needed: set[str]) -> NewItems:
     Args:
       path: anything that `prepare --items` takes.
       dataset: whose items are known.
-      needed: columns of which the file must have one at least.
+      needed: columns of which the file must have one at least; empty where a model reads none.
 
     Raises:
       DataError: no such file, not what it must be, none of the columns, a column of another kind, or no new item.
@@ -44,13 +45,14 @@ def read_new_items(path: Path, dataset: Dataset, needed: set[str]) -> NewItems:
         machine_faults(Path(folder)),
         engine(Path(folder)) as con,
     ):
-        described, found = read_items(con, path, ())
+        found = [name for name in columns_in(path) if name != "item_id"]
         columns = [name for name in own.column_names[2:] if name in found]
-        if not needed.intersection(columns):
+        if needed and not needed.intersection(columns):
             raise DataError(
                 f"{path}: has the columns {', '.join(found) or 'none'}; the model describes items by "
                 f"{', '.join(sorted(needed))}, expected one of these"
             )
+        described, _ = read_items(con, path, tuple(columns))
         table = one_row_an_item(described, columns).order_by("item_id").to_pyarrow()
     ids = table.column("item_id").cast(pa.string()).combine_chunks()
     new = pc.invert(pc.is_in(ids, value_set=dataset.item_ids().cast(pa.string())))
@@ -63,17 +65,18 @@ def read_new_items(path: Path, dataset: Dataset, needed: set[str]) -> NewItems:
     ]
     for name in own.column_names[2:]:
         kind = own.schema.field(name).type
-        if name not in columns:
+        values = fresh.column(name) if name in columns else None
+        if values is None or values.null_count == len(values):  # what holds nothing is of any kind
             arrays.append(pa.nulls(fresh.num_rows, kind))
-            continue
-        if pa.types.is_list(fresh.column(name).type) != pa.types.is_list(kind):
-            raise DataError(
-                f"{path}: column {name!r} is {fresh.column(name).type}; expected {kind}, as the dataset's"
-            )
-        try:
-            arrays.append(fresh.column(name).cast(kind))
-        except pa.ArrowException:
-            raise DataError(
-                f"{path}: column {name!r} is {fresh.column(name).type}; expected {kind}, as the dataset's"
-            ) from None
+        elif _sort(values.type) == _sort(kind):
+            arrays.append(values.cast(kind))
+        else:
+            raise DataError(f"{path}: column {name!r} is {values.type}; expected {kind}, as the dataset's")
     return NewItems(pa.table(arrays, names=own.column_names), table.num_rows - fresh.num_rows)
+
+
+def _sort(kind: pa.DataType) -> str:
+    """Text, sets and vectors: no two of them are read as each other, for a set holds each value once."""
+    if not pa.types.is_list(kind):
+        return TEXT
+    return VECTOR if pa.types.is_floating(kind.value_type) else SET

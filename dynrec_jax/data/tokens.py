@@ -167,6 +167,12 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, lowercase: bool = Tru
     return _wordpiece(blank.get_vocab(), lowercase)
 
 
+def has_words(texts: Iterable[str]) -> bool:
+    """Whether a text has anything in it that a BERT reads: some characters are dropped before it is cut into words."""
+    blank = _wordpiece({token: at for at, token in enumerate(SPECIAL)}, lowercase=True)
+    return any(_words(blank, text) for text in texts)
+
+
 def _words(tokenizer: Tokenizer, text: str) -> list[str]:
     normal = tokenizer.normalizer.normalize_str(text)
     return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]

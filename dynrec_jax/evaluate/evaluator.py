@@ -14,8 +14,8 @@ from dynrec_jax.data.pipeline import time_cuts
 from dynrec_jax.errors import ConfigError, DataError
 from dynrec_jax.evaluate.metrics import Coverage, rank_counts, ranking_metrics, ranks
 from dynrec_jax.evaluate.recommender import Lists, Recommender, fixed_lists, groups
-from dynrec_jax.models.bstm import Model
 from dynrec_jax.models.features import Items
+from dynrec_jax.models.model import Model
 from dynrec_jax.parallel.mesh import sum_of_parts
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.table import in_rows, rows_for

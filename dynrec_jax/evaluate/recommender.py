@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.errors import NonFiniteError
-from dynrec_jax.models.bstm import Model
 from dynrec_jax.models.features import Items, described_rows
+from dynrec_jax.models.model import Model
 from dynrec_jax.models.towers.ids import ID_TABLE
 from dynrec_jax.parallel.mesh import Feed, feed, own_rows, place_rows, place_same
 from dynrec_jax.parallel.processes import ALONE, Processes
@@ -104,7 +104,6 @@ class Recommender:
         `items` says what describes them; None where they are their ids.
         """
         self._items = Items(model.abra.items) if items is None else items
-        self._features: dict[str, jax.Array] | None = None
         self._model = model
         self.mesh = mesh
         self._filter_seen = filter_seen
@@ -164,9 +163,7 @@ class Recommender:
         if self._model.rows_are_vectors:
             vectors_RxD = tables[ID_TABLE]
         else:
-            if self._features is None:
-                self._features = self._items.place(self.mesh)
-            known = {**self._features, **self._items.encoded(params, self.mesh)}
+            known = {**self._items.place(self.mesh), **self._items.encoded(params, self.mesh)}
             with jax.set_mesh(self.mesh):
                 vectors_RxD = self._catalogue(params, tables, known)
         if not self._model.normalises:

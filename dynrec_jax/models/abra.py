@@ -70,14 +70,17 @@ class Abra:
             return x
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
 
-    def query(self, u_PxD: Array, table_RxD: Array, count: Array | None = None) -> Array:
+    def query(
+        self, u_PxD: Array, table_RxD: Array, count: Array | None = None, blocks: Blocks | None = None
+    ) -> Array:
         """The query that is scored, after `hops` refinements; `table` as `unit` gives it.
 
         `count` is how many queries each device has, as `mixture` takes it; None says that all of them are real.
+        `blocks` are other ones than `self.blocks`.
         """
         u_PxD = self.unit(u_PxD)
         for _ in range(self.hops):
-            u_PxD = self.unit(u_PxD + mixture(u_PxD, table_RxD, self.blocks, count))
+            u_PxD = self.unit(u_PxD + mixture(u_PxD, table_RxD, blocks or self.blocks, count))
         return u_PxD
 
     def recommend(self, u_BxD: Array, table_RxD: Array, seen_BxM: Array, k: int) -> Recommendation:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import linen as nn
 
 from dynrec_jax import losses
@@ -20,10 +19,11 @@ from dynrec_jax.models.abra import Abra, Recommendation
 from dynrec_jax.models.attention import Direction
 from dynrec_jax.models.item_encoder import ItemEncoder, init_tables
 from dynrec_jax.models.text_encoder import BERT, Text, TextEncoder
-from dynrec_jax.models.towers.ids import ID_TABLE, INDEX, SEEN, IdTower
-from dynrec_jax.models.towers.tower import Described, Tower
+from dynrec_jax.models.towers.ids import ID_TABLE, INDEX, SEEN
+from dynrec_jax.models.towers.tower import Described
 from dynrec_jax.models.user_encoder import Moments, UserEncoder, moments
 from dynrec_jax.negatives import Negatives
+from dynrec_jax.parallel.blocks import Blocks
 
 Array = jax.Array
 
@@ -202,21 +202,15 @@ class Bstm:
     ) -> Array:
         """The loss of some positions."""
         if rows.catalogue is not None:
-            table_RxD = self.ready(self.item_vectors(params, rows.catalogue, key))
-            blocks = self.abra.blocks
-            if SEEN in rows.catalogue:
-                # What comes later is not there yet: nobody may learn that it is never the next one.
-                table_RxD = jnp.where(rows.catalogue[SEEN] > 0, table_RxD, 0.0)
-                blocks = blocks._replace(given=True)
-            at = at._replace(query=self.abra.query(at.query, table_RxD, at.number))
+            vectors_RxD = self.ready(self.item_vectors(params, rows.catalogue, key))
+            table_RxD, blocks = self._seen(vectors_RxD, rows.catalogue)
+            at = at._replace(query=self.abra.query(at.query, table_RxD, at.number, blocks))
             return losses.full_softmax(at, table_RxD, blocks, self.dtype)
         if rows.negatives is None or negatives is None:
             raise ValueError(
                 "a sampled loss needs rows.negatives and their ids; a full one needs rows.catalogue"
             )
-        if SEEN in rows.negatives:
-            ids_K = jnp.where(rows.negatives[SEEN][:, 0] > 0, negatives.ids, PAD)
-            negatives = negatives._replace(ids=ids_K)
+        negatives = _seen_negatives(negatives, rows.negatives)
         at = at._replace(query=self.abra.unit(at.query))
         drawn = self.ready(self.item_vectors(params, rows.negatives, key))
         if self.loss_kind == "gbce":
@@ -224,6 +218,15 @@ class Bstm:
                 at, drawn, negatives, self.abra.blocks, self.dtype, self.calibration
             )
         return losses.sampled_softmax(at, drawn, negatives, self.abra.blocks, self.dtype)
+
+    def _seen(self, table_RxD: Array, catalogue: Described) -> tuple[Array, Blocks]:
+        """A table as training sees it, and how it is streamed.
+
+        What comes later is not there yet: nobody may learn that it is never the next one.
+        """
+        if SEEN not in catalogue:
+            return table_RxD, self.abra.blocks
+        return jnp.where(catalogue[SEEN] > 0, table_RxD, 0.0), self.abra.blocks._replace(given=True)
 
     def _aligned(self, params: Any, rows: Rows, batch: Batch, negatives: Negatives | None) -> Array:
         """How badly the items of a batch are told by what the towers say of them: their id against others' ids."""
@@ -235,11 +238,12 @@ class Bstm:
         weight = jnp.where(both[..., 0] & (batch.segments != 0), 1.0, 0.0)
         at = losses.gather_positions(self.abra.unit(content), self.abra.unit(own), batch.items, weight)
         if rows.catalogue is not None:
-            table_RxD = self.abra.unit(_known_ids(rows.catalogue))
-            return losses.full_softmax(at, table_RxD, self.abra.blocks._replace(given=True), self.dtype)
+            table_RxD, blocks = self._seen(self.abra.unit(rows.catalogue[ID_TABLE]), rows.catalogue)
+            return losses.full_softmax(at, table_RxD, blocks, self.dtype)
         assert rows.negatives is not None
         assert negatives is not None
-        drawn = self.abra.unit(_known_ids(rows.negatives))
+        negatives = _seen_negatives(negatives, rows.negatives)
+        drawn = self.abra.unit(rows.negatives[ID_TABLE])
         return losses.sampled_softmax(at, drawn, negatives, self.abra.blocks, self.dtype)
 
     def last_vector(self, params: Any, v_BxLxD: Array, items_BxL: Array) -> Array:
@@ -257,202 +261,13 @@ class Bstm:
         return self.abra.recommend(self.last_vector(params, v_BxLxD, items_BxL), table_RxD, seen_BxM, k)
 
 
-def _known_ids(described: Described) -> Array:
-    """The ids' rows; one of zeros, of an item that training has not seen, has no gradient and stays as it is."""
-    return IdTower(0.0).apply({}, described)[0]
-
-
 def _pairs(batch: Batch) -> Array:
     """bool[R, L], where an event and its successor belong to the same window: both directions have a target there."""
     return (batch.segments[:, :-1] == batch.segments[:, 1:]) & (batch.segments[:, :-1] != 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ensemble:
-    """Two models side by side, one of ids and one of the towers, each with its own loss; their scores are summed.
-
-    Everything is there twice, under "id" and "text"; a user's and an item's vectors are those of both, one after the
-    other, so that one product is the sum of both scores: what is served is what was trained. The methods are `Bstm`'s.
-    """
-
-    id: Bstm
-    content: Bstm
-
-    @property
-    def parts(self) -> dict[str, Bstm]:
-        """The models by the name of their weights."""
-        return {"id": self.id, "text": self.content}
-
-    @property
-    def abra(self) -> Abra:
-        """The attention over the summed scores: each part has brought its vectors to unit length itself."""
-        return dataclasses.replace(self.id.abra, normalise=False)
-
-    @property
-    def sampled(self) -> bool:
-        """See `Bstm`."""
-        return self.id.sampled
-
-    @property
-    def max_length(self) -> int:
-        """See `Bstm`."""
-        return self.id.max_length
-
-    ids = True
-
-    @property
-    def normalises(self) -> bool:
-        """See `Bstm`."""
-        return self.id.normalises
-
-    rows_are_vectors = False
-
-    @property
-    def shapes(self) -> tuple[tuple[str, int, str], ...]:
-        """See `Bstm`."""
-        return self.content.shapes
-
-    @property
-    def text(self) -> TextEncoder | None:
-        """See `Bstm`."""
-        return self.content.text
-
-    def init(self, key: Array, bert: Any = None) -> dict[str, Any]:
-        """See `Bstm`."""
-        first, second = jax.random.split(key)
-        own, content = self.id.init(first), self.content.init(second, bert)
-        return {
-            "params": {"id": own["params"], "text": content["params"]},
-            "tables": own["tables"],
-        }
-
-    def encode(
-        self, params: Any, text: Text, key: Array | None = None, parts: Sequence[int] | None = None
-    ) -> Array:
-        """See `Bstm`."""
-        return self.content.encode(params["text"], text, key, parts)
-
-    def loss(
-        self, params: Any, rows: Rows, batch: Batch, negatives: Negatives | None, key: Array
-    ) -> tuple[Array, Array]:
-        """The sum of both losses: each model learns as if it were alone."""
-        totals = [
-            part.loss(params[name], rows, batch, negatives, jax.random.fold_in(key, number))
-            for number, (name, part) in enumerate(self.parts.items())
-        ]
-        return totals[0][0] + totals[1][0], totals[0][1]
-
-    def catalogue(self, params: Any, described: Described) -> Array:
-        """See `Bstm`; `[R, 2 D]`."""
-        return jnp.concatenate([p.catalogue(params[name], described) for name, p in self.parts.items()], -1)
-
-    def ready(self, v: Array) -> Array:
-        """See `Bstm`."""
-        return jnp.concatenate(
-            [p.ready(x) for p, x in zip(self.parts.values(), self._halves(v), strict=True)], -1
-        )
-
-    def user_vectors(self, params: Any, v_BxLxD: Array, at: Moments) -> Array:
-        """See `Bstm`; `[B, L, 2 D]`."""
-        halves = zip(self.parts.items(), self._halves(v_BxLxD), strict=True)
-        return jnp.concatenate(
-            [p.abra.unit(p.user_vectors(params[name], v, at)) for (name, p), v in halves], -1
-        )
-
-    def last_vector(self, params: Any, v_BxLxD: Array, items_BxL: Array) -> Array:
-        """See `Bstm`; `[B, 2 D]`."""
-        halves = zip(self.parts.items(), self._halves(v_BxLxD), strict=True)
-        vectors = [p.abra.unit(p.last_vector(params[name], v, items_BxL)) for (name, p), v in halves]
-        return jnp.concatenate(vectors, -1)
-
-    def recommend(
-        self, params: Any, v_BxLxD: Array, items_BxL: Array, table_RxD: Array, seen_BxM: Array, k: int
-    ) -> Recommendation:
-        """See `Bstm`."""
-        return self.abra.recommend(self.last_vector(params, v_BxLxD, items_BxL), table_RxD, seen_BxM, k)
-
-    @staticmethod
-    def _halves(v: Array) -> list[Array]:
-        return jnp.split(v, 2, axis=-1)
-
-
-Model = Bstm | Ensemble
-
-
-def make_bstm(
-    config: ml_collections.ConfigDict,
-    items: int,
-    towers: Sequence[Tower] = (),
-    text: TextEncoder | None = None,
-) -> Model:
-    """The model that a config describes.
-
-    Args:
-      config: of the run.
-      items: N, the size of the catalogue.
-      towers: what describes the items besides their id, as `towers.read_towers` gives it; none for ids alone.
-      text: BERT, where it is trained with the rest.
-    """
-    fusion = config.item.fusion
-    if fusion == "ensemble":
-        return Ensemble(
-            _bstm(config, items, (), True, unseen=True), _bstm(config, items, towers, False, text)
-        )
-    return _bstm(config, items, towers if fusion != "id" else (), fusion != "text", text)
-
-
-def _bstm(
-    config: ml_collections.ConfigDict,
-    items: int,
-    towers: Sequence[Tower],
-    ids: bool,
-    text: TextEncoder | None = None,
-    unseen: bool = False,
-) -> Bstm:
-    m = config.model
-    dtype = jnp.dtype(m.dtype)
-    user = UserEncoder(
-        max_length=config.data.max_length,
-        layers=m.layers,
-        heads=m.heads,
-        block=m.block,
-        feedforward=m.feedforward,
-        dropout=m.dropout,
-        dtype=dtype,
-        time_buckets=0,
-        remat=m.remat,
-        scan_layers=m.scan_layers,
-    )
-    item = ItemEncoder(
-        towers=tuple((tower.name, tower.make) for tower in towers),
-        ids=ids,
-        dim=m.dim,
-        dtype=dtype,
-        id_dropout=config.item.id_dropout,
-        unseen=unseen or bool(towers),
-    )
-    abra = Abra(
-        dim=m.dim,
-        items=items,
-        temperature=m.temperature,
-        normalise=m.normalise,
-        hops=m.hops,
-        block_items=config.loss.block_items,
-        block_positions=config.loss.block_positions,
-    )
-    return Bstm(
-        towers=Towers(user=user, item=item),
-        abra=abra,
-        max_length=config.data.max_length,
-        dtype=dtype,
-        loss_kind=config.loss.kind,
-        calibration=config.loss.calibration,
-        forward_weight=m.forward_weight,
-        backward_weight=m.backward_weight,
-        alignment=config.loss.alignment,
-        shapes=tuple((name, width, kind) for tower in towers for name, width, kind in tower.shapes),
-        text=text,
-    )
-
-
-MODELS = {"bstm": make_bstm}
+def _seen_negatives(negatives: Negatives, drawn: Described) -> Negatives:
+    """The negatives without those that training does not see."""
+    if SEEN not in drawn:
+        return negatives
+    return negatives._replace(ids=jnp.where(drawn[SEEN][:, 0] > 0, negatives.ids, PAD))

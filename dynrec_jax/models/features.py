@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from dynrec_jax.config import describes_items, tunes_text
 from dynrec_jax.data.dataset import Dataset
-from dynrec_jax.models.bstm import MODELS, Model
 from dynrec_jax.models.encode import encode_items
+from dynrec_jax.models.model import MODELS, Model
 from dynrec_jax.models.text_encoder import BERT, TEXT
 from dynrec_jax.models.towers.ids import ID_TABLE, INDEX
 from dynrec_jax.models.towers.kinds import read_towers
@@ -43,6 +43,7 @@ class Items:
     towers: tuple[Tower, ...] = ()
     text: TextSource | None = None
     say: Callable[[str], None] = lambda line: None
+    _placed: dict[Mesh, dict[str, Array]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def model(self, config: ml_collections.ConfigDict) -> Model:
         """The model of a config over these items."""
@@ -50,11 +51,11 @@ class Items:
         return MODELS[config.model.name](config, self.number, self.towers, encoder)
 
     def place(self, mesh: Mesh) -> dict[str, Array]:
-        """What towers have read, [R, width] by name, on the devices."""
-        found: dict[str, Values] = {}
-        for tower in self.towers:
-            found |= tower.values
-        return {name: _placed(values, self.number, mesh) for name, values in found.items()}
+        """What towers have read, [R, width] by name, on the devices, which hold it once for all who ask."""
+        if mesh not in self._placed:
+            found = {name: values for tower in self.towers for name, values in tower.values.items()}
+            self._placed[mesh] = {name: _place(values, self.number, mesh) for name, values in found.items()}
+        return self._placed[mesh]
 
     def encoded(self, params: Any, mesh: Mesh) -> dict[str, Array]:
         """Vectors of all texts by the BERT that is trained, [R, E]; empty where none is."""
@@ -118,7 +119,7 @@ def _programs(rows: int, width: int, mesh: Mesh) -> tuple[Callable[[], Array], C
     return empty, put
 
 
-def _placed(values: Values, number: int, mesh: Mesh) -> Array:
+def _place(values: Values, number: int, mesh: Mesh) -> Array:
     rows = rows_for(number)
 
     def piece(index: Any) -> np.ndarray:

@@ -24,6 +24,9 @@ Array = jax.Array
 BERT = "bert"  # its weights' name
 TEXT = "text"  # name of the text's vectors in what describes items
 NOBODY = 2**31 - 1
+# Bytes of products of matrices that the gradient of parts keeps, of all texts together. A process needs twice that, as
+# long as what a step has freed lies in pieces. To keep nothing takes a fifth more time.
+MOST_KEPT = 2**30
 
 
 class Tokens(NamedTuple):
@@ -74,19 +77,29 @@ class TextEncoder:
           weights: BERT's.
           text: of the items.
           key: of dropout; None leaves it out.
-          parts: in how many parts each of `text` is encoded, one after the other. The gradient then keeps products of
-            matrices alone, or nothing with `bert.remat`, of each part, and makes the rest again when it comes to it.
+          parts: in how many parts each of `text` is encoded, one after the other. The gradient then keeps of each part
+            products of matrices alone, or nothing (with `bert.remat`, or where these exceed `MOST_KEPT`), and makes the
+            rest again when it comes to it.
         """
         each = [1] * len(text) if parts is None else parts
-        made = [self._in_parts(weights, tokens, key, n) for tokens, n in zip(text, each, strict=True)]
+        keeps = not self.bert.remat and self._product_bytes(text) <= MOST_KEPT
+        made = [self._in_parts(weights, tokens, key, n, keeps) for tokens, n in zip(text, each, strict=True)]
         return jnp.concatenate(made)
 
-    def _in_parts(self, weights: Any, tokens: Tokens, key: Array | None, parts: int) -> Array:
+    def _product_bytes(self, text: Text) -> int:
+        """Of what products give: in a layer queries, keys, values, two more of that width, and a wide one."""
+        c = self.bert.config
+        each = 5 * c.hidden_size + c.intermediate_size
+        trained = c.num_hidden_layers - self.bert.frozen_below
+        size = jnp.dtype(self.bert.dtype).itemsize
+        return sum(int(tokens.ids.size) for tokens in text) * trained * each * size
+
+    def _in_parts(self, weights: Any, tokens: Tokens, key: Array | None, parts: int, keeps: bool) -> Array:
         if parts == 1:
             return self._encode(weights, tokens, key)
         # What is made again is said by the loop: XLA on CPU pays no heed to it outside of one.
         policies = jax.checkpoint_policies
-        policy = policies.nothing_saveable if self.bert.remat else policies.save_only_these_names(SAVED)
+        policy = policies.save_only_these_names(SAVED) if keeps else policies.nothing_saveable
         plain = dataclasses.replace(self, bert=self.bert.clone(remat=False))
         part = jax.checkpoint(functools.partial(plain._encode, key=key), policy=policy, prevent_cse=False)
         # Every parts-th text: each device keeps its share of every part.

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dynrec_jax.models.bstm import Ensemble, Model
+from dynrec_jax.models.ensemble import Ensemble
+from dynrec_jax.models.model import Model
 
 PASSES = 3  # one forward; backward, a product becomes two: with respect to each of its sides
 

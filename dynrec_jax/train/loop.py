@@ -11,15 +11,15 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from dynrec_jax.config import describes_items
+from dynrec_jax.config import describes_items, tunes_text
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.cold import cold_items
 from dynrec_jax.data.examples import NONE, Splits
 from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
 from dynrec_jax.evaluate.evaluator import Evaluator
-from dynrec_jax.models.bstm import MODELS, Model
 from dynrec_jax.models.features import Items, read_items
 from dynrec_jax.models.layers import hidden_width
+from dynrec_jax.models.model import MODELS, Model
 from dynrec_jax.models.towers.ids import SEEN
 from dynrec_jax.negatives import running_counts, sampling
 from dynrec_jax.parallel.exchange import Exchange
@@ -110,9 +110,8 @@ def train(
         step = start
         if start < config.train.steps and not standing.get("stopped"):
             texts = None if items.text is None else _text_batches(source, items, mesh, own, processes)
-            features = items.place(mesh)
-            if given.seen_Rx1 is not None:
-                features[SEEN] = given.seen_Rx1
+            seen = {} if given.seen_Rx1 is None else {SEEN: given.seen_Rx1}
+            features = {**items.place(mesh), **seen}
             stream = _placed_inputs(
                 texts or source, start, config.data.prefetch, mesh, processes, running, features
             )
@@ -368,5 +367,10 @@ def _announce(
         )
     if exchange is not None:
         progress.say(described(exchange))
+    if tunes_text(config) and (config.loss.kind == "full" or config.loss.sampler != "in_batch"):
+        progress.say(
+            "BERT is trained, and texts outside of a batch have old vectors without a gradient; if the loss does not "
+            "fall, use loss.kind=sampled with loss.sampler=in_batch, whose negatives all have one"
+        )
     if start:
         progress.say(f"going on from step {start}")

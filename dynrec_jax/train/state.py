@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from dynrec_jax.errors import ConfigError
-from dynrec_jax.models.bstm import Model
+from dynrec_jax.models.model import Model
 from dynrec_jax.models.text_encoder import TEXT
 from dynrec_jax.parallel.mesh import table_devices
 from dynrec_jax.parallel.rows import RowOptimizer

@@ -13,8 +13,9 @@ import optax
 from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
-from dynrec_jax.models.bstm import Model, Rows
-from dynrec_jax.models.text_encoder import TEXT, Fresh, Text
+from dynrec_jax.models.bstm import Rows
+from dynrec_jax.models.model import Model
+from dynrec_jax.models.text_encoder import Fresh, Text
 from dynrec_jax.models.towers.ids import ID_TABLE, INDEX
 from dynrec_jax.models.towers.tower import Described
 from dynrec_jax.negatives import Sampling, draw_negatives
@@ -121,10 +122,9 @@ def train_step(
     rate = schedule(state.step)
     tables, row_state = state.tables, state.row_state
     made = _Made.of(model, state, inputs, key, settings)
-    if model.sampled:
-        sums, touched = _row_gradients(model, state, inputs, made, key, settings, parts)
-    else:
-        sums, touched = _dense_gradients(model, state, inputs, made, key, settings, parts), None
+    known = _known(state, inputs, batch.items, settings.exchange)
+    gradients = _row_gradients if model.sampled else _dense_gradients
+    sums, touched = gradients(model, state, inputs, known, made, key, settings, parts)
     sums = made.pulled_back(sums)
     weight = jnp.maximum(sums.weight, 1.0)
     clip = Clip(settings.clip_norm, (optax.tree.norm(sums.dense) / weight) ** 2)
@@ -144,7 +144,7 @@ def train_step(
         updated = optax.apply_updates(old, updates)
     tables = updated.get("tables", tables)
     metrics = {
-        **made.metrics(state, batch),
+        **made.metrics(known, batch),
         "loss": sums.loss / weight,
         "targets": sums.weight,
         "attended": jnp.sum(jnp.where(batch.remaining > 0, batch.positions + 1, 0), dtype=jnp.float32),
@@ -235,13 +235,10 @@ class _Made(NamedTuple):
             params = jax.tree.map(jnp.add, sums.dense["params"], self.back(sums.text))
         return sums._replace(dense={**sums.dense, "params": params}, text=None)
 
-    def metrics(self, state: TrainState, batch: Batch) -> dict[str, Array]:
+    def metrics(self, known: Described, batch: Batch) -> dict[str, Array]:
         """What the log tells of them."""
         fresh = self.fresh(self.vectors)
-        if fresh is None:
-            return {}
-        old = {TEXT: lookup(state.caches[TEXT], batch.items)}
-        return {"text_moved": fresh.distance(old, batch.items)}
+        return {} if fresh is None else {"text_moved": fresh.distance(known, batch.items)}
 
 
 def _known(state: TrainState, inputs: Inputs, ids: Array, exchange: Exchange | None) -> Described:
@@ -274,12 +271,12 @@ def _dense_gradients(
     model: Model,
     state: TrainState,
     inputs: Inputs,
+    known: Described,
     made: _Made,
     key: Array,
     settings: StepSettings,
     parts: int,
-) -> Gradients:
-    known = _known(state, inputs, inputs.batch.items, settings.exchange)
+) -> tuple[Gradients, None]:
     whole = _whole(state, inputs, rows_for(model.abra.items))
 
     def part(each: tuple[Batch, Described]) -> Gradients:
@@ -299,13 +296,14 @@ def _dense_gradients(
         (total, weight), (dense, text) = jax.value_and_grad(loss, (0, 1), has_aux=True)(tree, made.vectors)
         return Gradients(total, weight, dense, text=text)
 
-    return _accumulate(part, (inputs.batch, known), parts)
+    return _accumulate(part, (inputs.batch, known), parts), None
 
 
 def _row_gradients(
     model: Model,
     state: TrainState,
     inputs: Inputs,
+    known: Described,
     made: _Made,
     key: Array,
     settings: StepSettings,
@@ -313,7 +311,6 @@ def _row_gradients(
 ) -> tuple[Gradients, Touched | None]:
     negatives_key, dropout_key = jax.random.split(key)
     drawn = draw_negatives(negatives_key, inputs.batch, inputs.running_R, settings.sampling)
-    known = _known(state, inputs, inputs.batch.items, settings.exchange)
     shared = _known(state, inputs, drawn.ids, settings.exchange)
     # The rows that are trained: of the batch and of the negatives. Empty where there are no ids.
     items, negatives = {}, {}

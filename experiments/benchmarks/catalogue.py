@@ -22,7 +22,7 @@ import numpy as np
 
 from dynrec_jax.batch import Batch
 from dynrec_jax.config import default_config
-from dynrec_jax.models.bstm import MODELS
+from dynrec_jax.models.model import MODELS
 from dynrec_jax.parallel.capacity import zipf
 from dynrec_jax.parallel.mesh import make_mesh
 from dynrec_jax.train.loop import setup

@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 from dynrec_jax.batch import Batch
 from dynrec_jax.config import default_config
 from dynrec_jax.evaluate.recommender import Recommender
-from dynrec_jax.models.bstm import MODELS, Bstm
+from dynrec_jax.models.bstm import Bstm
+from dynrec_jax.models.model import MODELS
 from dynrec_jax.parallel.mesh import make_mesh
 from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.loop import step_arguments

@@ -53,7 +53,7 @@ from dynrec_jax.data.dataset import open_dataset
 from dynrec_jax.data.pipeline import BatchSource, batches, make_splits
 from dynrec_jax.data.prepare import PrepareOptions, prepare
 from dynrec_jax.errors import ConfigError, one_line, report_errors
-from dynrec_jax.models.bstm import MODELS
+from dynrec_jax.models.model import MODELS
 from dynrec_jax.parallel.mesh import feed, make_mesh, place_rows
 from dynrec_jax.train import loop, peak
 from dynrec_jax.train.flops import training_cost

@@ -13,9 +13,10 @@ batch     of the data as they are; or with the batch's events dealt out over few
 encodes   each distinct item once, as training does; or "every event": the text of every event of the batch, padding
           not counted, the same loss and gradient by the same step. It is what the sharing is measured against.
 
-`ms` is the median of --steps steps behind a first one, each waited for. `peak` is the most
-resident memory that the process had (VmHWM), with Python, the dataset, compilation and what malloc keeps. JSON with
---out. --cases takes those alone whose label has one of some words between bars: "batch 64|vectors".
+`ms` is the median of --steps steps behind a first one, each waited for; `core s` what they took of the cores, which
+others on the machine disturb less. `peak` is the most resident memory that the process had (VmHWM), with Python, the
+dataset, compilation and what malloc keeps. JSON with --out. --cases takes those alone whose label has one of some words
+between bars: "batch 64|vectors".
 """
 
 import argparse
@@ -160,7 +161,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> Figures:
     # Vectors of items that a batch has not are zeros here: to make them takes long and changes no step's time.
     kind = EveryEvent if case.every_event else TextBatches
     texts = None if items.text is None else kind(source, items.text, 1)
-    seconds, events, distinct, tokens, loss = [], [], [], [], 0.0
+    seconds, cores, events, distinct, tokens, loss = [], [], [], [], [], 0.0
     for step in range(WARM_UP + arguments.steps):
         read = (texts or source)[step]
         batch, text = (read.batch, read.text) if texts else (read, ())
@@ -168,15 +169,17 @@ def run_case(case: Case, arguments: argparse.Namespace) -> Figures:
         distinct.append(len(np.unique(batch.items)) - 1)
         tokens.append(sum(part.ids.size for part in text))
         placed = jax.tree.map(lambda x: place_rows(mesh, x), (batch, text))
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         state, metrics = made.step(state, Inputs(placed[0], None, features, placed[1]))
         loss = float(metrics["loss"])
         seconds.append(time.perf_counter() - began)
+        cores.append(time.process_time() - used)
     kept = seconds[WARM_UP:]
     return {
         "ms": statistics.median(kept) * 1e3,
         "low_ms": min(kept) * 1e3,
         "high_ms": max(kept) * 1e3,
+        "core_seconds": statistics.median(cores[WARM_UP:]),
         "events": statistics.mean(events),
         "distinct": statistics.mean(distinct),
         "tokens": statistics.mean(tokens),
@@ -197,18 +200,30 @@ def peak_bytes() -> int:
 def show(results: dict[str, Figures]) -> None:
     """The table."""
     table = Table(title="a training step with BERT in it", title_justify="left")
-    for name in ("case", "events", "distinct", "share", "tokens", "ms", "from … to", "peak GB", "loss"):
+    for name in (
+        "case",
+        "events",
+        "distinct",
+        "share",
+        "tokens",
+        "ms",
+        "from … to",
+        "core s",
+        "peak GB",
+        "loss",
+    ):
         table.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
     for label, row in results.items():
         peak = f"{row['peak'] / 1e9:.2f}"
         if "ms" not in row:
             table.add_row(
-                label, "", f"{row['items']:,}", "", "", "", f"{row['seconds']:.1f} s in all", peak, ""
+                label, "", f"{row['items']:,}", "", "", "", f"{row['seconds']:.1f} s in all", "", peak, ""
             )
             continue
         counts = f"{row['events']:,.0f}", f"{row['distinct']:,.0f}", f"{row['distinct'] / row['events']:.2f}"
         times = f"{row['ms']:,.0f}", f"{row['low_ms']:,.0f} … {row['high_ms']:,.0f}"
-        table.add_row(label, *counts, f"{row['tokens']:,.0f}", *times, peak, f"{row['loss']:.4f}")
+        rest = f"{row['core_seconds']:.2f}", peak, f"{row['loss']:.4f}"
+        table.add_row(label, *counts, f"{row['tokens']:,.0f}", *times, *rest)
     Console(width=140).print(table)
 
 

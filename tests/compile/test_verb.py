@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dynrec_jax import cli
 from dynrec_jax.compile import programs, search
-from dynrec_jax.models.bstm import make_bstm
+from dynrec_jax.models.model import make_bstm
 from dynrec_jax.train.flops import training_cost
 
 from .. import tiny

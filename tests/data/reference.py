@@ -31,6 +31,19 @@ def shard(user: str, shards: int) -> int:
     return int.from_bytes(hashlib.sha256(user.encode()).digest()[:8], "big") % shards
 
 
+def cold(items: int, share: float) -> set[int]:
+    """Items that are kept out of training: SplitMix64 of their number and a constant, below the share of 2^64."""
+
+    def mixed(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    constant = mixed(int.from_bytes(b"cold", "big"))
+    return {item for item in range(1, items + 1) if mixed(item ^ constant) / 2**64 < share}
+
+
 def core(events: list[tuple[str, str]], k: int) -> list[tuple[str, str]]:
     """The k-core of (user, item) events, one weak user or item at a time."""
     while True:

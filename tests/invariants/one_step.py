@@ -11,8 +11,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
-from dynrec_jax.models.bstm import Model
 from dynrec_jax.models.features import Items
+from dynrec_jax.models.model import Model
 from dynrec_jax.models.towers.ids import ID_TABLE, SEEN
 from dynrec_jax.negatives import running_counts, sampling
 from dynrec_jax.parallel.exchange import Exchange

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynrec_jax.models.bstm import make_bstm
+from dynrec_jax.models.model import make_bstm
 from dynrec_jax.train.loop import setup
 from dynrec_jax.train.step import Inputs
 

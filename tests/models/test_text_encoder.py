@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from dynrec_jax.models import text_encoder
 from dynrec_jax.models.bert import Bert
 from dynrec_jax.models.bert_config import BertConfig
 from dynrec_jax.models.text_encoder import TextEncoder, Tokens
@@ -73,7 +74,7 @@ def test_texts_in_parts_have_the_vectors_and_gradients_of_texts_in_one(remat: bo
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected())
 
 
-def test_the_gradient_of_parts_keeps_less():
+def test_the_gradient_of_parts_keeps_less(monkeypatch: pytest.MonkeyPatch):
     def kept(made: TextEncoder, parts: tuple[int, ...]) -> int:
         back = jax.eval_shape(
             lambda w: jax.vjp(functools.partial(loss, made, parts, text=TEXT), w)[1], weights()
@@ -82,3 +83,5 @@ def test_the_gradient_of_parts_keeps_less():
 
     whole, products, nothing = kept(encoder(), (1, 1)), kept(encoder(), (4, 4)), kept(encoder(True), (4, 4))
     assert nothing < products < whole / 2
+    monkeypatch.setattr(text_encoder, "MOST_KEPT", 0)
+    assert kept(encoder(), (4, 4)) == nothing

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec
 
 from dynrec_jax.models import attention as attention_module
 from dynrec_jax.models.attention import Direction, attention
-from dynrec_jax.models.bstm import make_bstm
 from dynrec_jax.models.layers import BLOCKS, Dropout, Places
+from dynrec_jax.models.model import make_bstm
 from dynrec_jax.models.user_encoder import Moments, UserEncoder, moments
 from dynrec_jax.parallel import rules
 from dynrec_jax.train.flops import training_cost

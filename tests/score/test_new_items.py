@@ -1,224 +1,267 @@
-"""Items that came after training: recommended by what describes them, with those that training has seen."""
+"""Items that came after training, in a world where the text alone says whom they are for."""
 
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dynrec_jax import workdir as workdirs
-from dynrec_jax.data.dataset import open_dataset
-from dynrec_jax.data.new_items import read_new_items
-from dynrec_jax.models.towers.ids import ID_TABLE
 
 from ..commands import Made, digest, dynrec, experiment, one_line, small_run
-from ..described import dataset, write_items
 
-TOPICS = {"jazz": "saxophone trumpet", "chess": "bishop rook", "soup": "leek onion"}
-EACH = 8  # items of a topic
-WORDS = ["old", "new", "fine", "small", "great"]
+WORDS = {
+    "sea": ["boat", "wave", "harbour", "sail", "anchor", "gull"],
+    "cook": ["pan", "flour", "oven", "spice", "dough", "knife"],
+    "space": ["rocket", "orbit", "comet", "lunar", "star", "probe"],
+}
+EACH = 8  # old items of a topic
+TOPICS = list(WORDS)
+OLD = {topic: [f"{topic}{number}" for number in range(EACH)] for topic in TOPICS}
+# Ids that look like numbers or like nothing, and sort before and after the old ones.
+NEW = {"sea": "007", "cook": "null", "space": "~new"}
+ALL_OLD = {item for items in OLD.values() for item in items}
 
 
-def title(topic: str, number: int) -> str:
-    """A topic's words with others that say nothing."""
-    return f"{WORDS[number % 5]} {TOPICS[topic]} {WORDS[(number + 2) % 5]}"
-
-
-KNOWN = [
-    {
-        "item_id": f"{topic}{number}",
-        "title": title(topic, number),
-        "v": [0.1 * number - (place == k) for k in range(3)],
+def histories() -> dict[str, list[str]]:
+    """Users who have taken all old items of one topic, so that of it a new one alone is left."""
+    rng = random.Random(5)
+    return {
+        f"{topic}-user{number:02d}": rng.sample(OLD[topic], EACH) for number in range(20) for topic in TOPICS
     }
-    for place, topic in enumerate(TOPICS)
-    for number in range(EACH)
-]
-NEW = [
-    {
-        "item_id": f"a new {topic}",
-        "title": title(topic, 6),
-        "v": [0.6 - (place == k) for k in range(3)],
-        "year": "2001",
+
+
+def described(topic: str, rng: random.Random) -> dict[str, Any]:
+    """A title of the topic's words, beside sets and vectors that say nothing of it."""
+    return {
+        "title": " ".join(rng.sample(WORDS[topic], 4)),
+        "genres": rng.sample(["a", "b", "c", "d"], 2),
+        "image": [rng.gauss(0, 1) for _ in range(3)],
     }
-    for place, topic in enumerate(TOPICS)
-]
-NEWS: dict[str, dict[str, Any]] = {  # by fusion, how its items are described
-    "text": {
-        "item__text": ("title",), "item__text_mode": "tuned", "item__text_dim": 8, "item__text_layers": 1,
-        "item__text_tokens": 16, "item__text_vocabulary": 128, "item__text_rate": 1.0, "item__text_refresh": 10,
-    },
-    "both": {"item__vectors": ("v",), "item__id_dropout": 0.5},
-    "ensemble": {"item__vectors": ("v",)},
-}  # fmt: skip
-STEPS = 60
 
 
-def world(folder: Path) -> Any:
-    """Users who stay in their topic."""
-    rng = random.Random(2)
-    log = []
-    for user in range(48):
-        topic = list(TOPICS)[user % 3]
-        log.append(" ".join([f"{topic}-{user}", *(f"{topic}{rng.randrange(EACH)}" for _ in range(9))]))
-    return dataset(folder, log, KNOWN)
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def new_rows() -> list[dict[str, Any]]:
+    rng = random.Random(6)
+    return [{"item_id": item, **described(topic, rng)} for topic, item in NEW.items()]
 
 
 @pytest.fixture(scope="module")
-def news(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Trained runs by fusion, and `new.jsonl` beside them."""
-    folder = tmp_path_factory.mktemp("news")
-    made, runs = world(folder / "world"), {}
-    write_items(folder / "new.jsonl", NEW + KNOWN[:2])
-
-    def run(fusion: str) -> Made:
-        if fusion not in runs:
-            keys = {
-                "item__fusion": fusion, "model__normalise": True, "model__temperature": 0.1,
-                "evaluation__ks": (1, 5, 10),
-                "train__steps": STEPS, "train__batch_size": 16, "train__learning_rate": 0.03,
-                "train__checkpoint_every": STEPS, "train__evaluate_every": 0,
-            }  # fmt: skip
-            config = experiment(folder / f"{fusion}.py", made.path, **keys, **NEWS[fusion])
-            assert dynrec("train", config=config, workdir=folder / fusion) == 0
-            runs[fusion] = Made(made.path, folder / fusion, config)
-        return runs[fusion]
-
-    return run
-
-
-def lists(out: Path) -> dict[str, list[str]]:
-    frame = pd.read_parquet(out)
-    return {user: list(items) for user, items in zip(frame["user_id"], frame["item_ids"], strict=True)}
-
-
-def score(made: Made, out: Path, *switches: str, **values: Any) -> dict[str, list[str]]:
-    assert dynrec("score", *switches, workdir=made.workdir, out=out, **values) == 0
-    return lists(out)
-
-
-FUSIONS = ["text", *(pytest.param(name, marks=pytest.mark.slow) for name in ("both", "ensemble"))]
+def world(tmp_path_factory) -> Made:
+    """A run whose items are their ids and their text, by a BERT that is trained with the rest."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "log.txt").write_text("".join(f"{user} {' '.join(own)}\n" for user, own in histories().items()))
+    rng = random.Random(7)
+    rows = [{"item_id": item, **described(topic, rng)} for topic in TOPICS for item in OLD[topic]]
+    items = write(folder / "items.jsonl", rows)
+    made = Made(folder / "dataset", folder / "workdir", folder / "experiment.py")
+    source = f"sequences:{folder / 'log.txt'}"
+    assert dynrec("prepare", source=source, items=items, out=made.dataset, shards=4) == 0
+    changes = {
+        "item__fusion": "both",
+        "item__id_dropout": 0.5,
+        "item__text": ("title",),
+        "item__text_mode": "tuned",
+        "item__text_tokens": 8,
+        "item__text_dim": 8,
+        "item__text_layers": 1,
+        "item__text_rate": 1.0,
+        "item__text_dropout": 0.0,
+        "evaluation__metric": "ndcg@10",
+        "train__steps": 120,
+        "train__checkpoint_every": 120,
+        "train__evaluate_every": 120,
+        "train__batch_size": 16,
+    }
+    experiment(made.experiment, made.dataset, **changes)
+    assert dynrec("train", config=made.experiment, workdir=made.workdir) == 0
+    return made
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_users_get_the_new_item_of_their_topic(fusion, news, tmp_path, capsys):
-    """First of all where they have seen the others of their topic, which are left out."""
-    made = news(fusion)
-    everything = {topic: [f"{topic}{n}" for n in range(EACH)] for topic in TOPICS}
-    # Histories may hold new items: the last one has nothing else.
-    histories = everything | {"of new": ["a new chess"]}
-    users = tmp_path / "users.csv"
-    rows = [f"{user},{item}" for user, items in histories.items() for item in items]
-    users.write_text("\n".join(["user_id,item", *rows, "of new,nobody knows"]) + "\n")
-    new = made.workdir.parent / "new.jsonl"
+@pytest.fixture(scope="module")
+def new_items(tmp_path_factory) -> Path:
+    """The new items; two rows more are items of the dataset, told of as if they were of another topic."""
+    rng = random.Random(8)
+    known = [{"item_id": OLD[topic][0], **described("cook", rng)} for topic in ("sea", "space")]
+    return write(tmp_path_factory.mktemp("items") / "new.jsonl", [*known[:1], *new_rows(), *known[1:]])
+
+
+@pytest.fixture(scope="module")
+def lists(world, new_items, tmp_path_factory) -> Path:
+    """All that is left for each user, with the new items."""
+    out = tmp_path_factory.mktemp("lists") / "out"
+    before = digest(world.workdir), digest(world.dataset)
+    assert score(world, out, items=new_items) == 0
+    assert (digest(world.workdir), digest(world.dataset)) == before
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(world, lists, tmp_path_factory) -> Path:
+    """The same without the new items, asked for after them."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    assert score(world, out) == 0
+    return out
+
+
+def score(made: Made, out: Path, **values: Any) -> int:
+    return dynrec("score", "filter_seen", workdir=made.workdir, out=out, **{"k": 3 * EACH, **values})
+
+
+def read(out: Path) -> dict[str, list[str]]:
+    table = pq.read_table(out)
+    assert table.schema.field("item_ids").type == pa.list_(pa.string())
+    return dict(zip(table["user_id"].to_pylist(), table["item_ids"].to_pylist(), strict=True))
+
+
+def topic_of(user: str) -> str:
+    return user.partition("-")[0]
+
+
+def test_a_new_item_comes_first_for_those_whom_its_text_is_for(lists):
+    found = read(lists)
+    assert found.keys() == histories().keys()
+    for user, items in found.items():
+        assert items[0] == NEW[topic_of(user)]
+        # All that was not seen is offered, the new items of other topics too, by the ids of the file.
+        assert len(items) == len(set(items))
+        assert set(items) == (ALL_OLD - set(OLD[topic_of(user)])) | set(NEW.values())
+
+
+def test_without_the_file_the_lists_are_those_of_the_dataset(lists, plain):
+    """New items change nothing of what the others score, and stay in no folder of the run's."""
+    both, old = (pd.read_parquet(out).set_index("user_id") for out in (lists, plain))
+    assert list(both.index) == list(old.index)
+    for user, row in old.iterrows():
+        assert set(row["item_ids"]) == ALL_OLD - set(OLD[topic_of(str(user))])
+        found = dict(zip(both.loc[user, "item_ids"], both.loc[user, "scores"], strict=True))
+        np.testing.assert_allclose(
+            [found[item] for item in row["item_ids"]], row["scores"], rtol=0, atol=1e-5
+        )
+
+
+def test_a_new_item_has_no_id_of_its_own(world, new_items):
+    old, run = workdirs.open(world.workdir), workdirs.open(world.workdir, items=new_items)
+    assert run.item_ids.to_pylist() == [*sorted(ALL_OLD), *sorted(NEW.values())]
+    table_RxD, known_RxD = (np.asarray(each.tables["item_id"]) for each in (run, old))
+    own = 1 + len(ALL_OLD)
+    np.testing.assert_array_equal(table_RxD[:own], known_RxD[:own])
+    assert known_RxD[1:own].any(axis=1).all()
+    assert not table_RxD[own:].any()
+
+
+def test_histories_may_hold_new_items(world, new_items, lists, tmp_path, capsys):
+    """One new item alone says which topic it is; known items are left out of the file, and that is said."""
+    rows = [(f"{topic}-stranger", [item]) for topic, item in NEW.items()]
+    rows += [(user, own) for user, own in histories().items() if user.endswith("00")]
+    rows += [("sea-lost", [*OLD["sea"], "no-such-item"])]
+    users, own = zip(*rows, strict=True)
+    pq.write_table(pa.table({"user_id": users, "item_ids": own}), tmp_path / "users.parquet")
     capsys.readouterr()
-    found = score(made, tmp_path / "out", "filter_seen", items=new, users=users, k=5)
+    assert score(world, tmp_path / "out", items=new_items, users=tmp_path / "users.parquet") == 0
     told = capsys.readouterr().err
     assert "3 new items are recommended too" in told
     assert "2 rows of --items are items of the dataset and were left out" in told
     assert "1 events of unknown items left out" in told
-    for topic in TOPICS:
-        assert found[topic][0] == f"a new {topic}", found
-    assert all("chess" in item for item in found["of new"]), found
-    # Started again it has nothing to do; with other items it is another job.
-    before = digest(tmp_path / "out")
-    assert dynrec(
-        "score", "filter_seen", workdir=made.workdir, out=tmp_path / "out", items=new, users=users, k=5
-    ) == 0  # fmt: skip
-    other = write_items(tmp_path / "other.jsonl", NEW[:2])
-    for items in ({"items": other}, {}):
+    found, before = read(tmp_path / "out"), read(lists)
+    assert list(found) == list(users)
+    for topic, item in NEW.items():
+        shown = found[f"{topic}-stranger"]
+        assert item not in shown
+        assert set(shown[:EACH]) == set(OLD[topic])
+        assert found[f"{topic}-user00"] == before[f"{topic}-user00"]
+    assert found["sea-lost"][0] == NEW["sea"]
+
+
+def test_a_job_goes_on_with_its_own_items_alone(world, new_items, lists, plain, tmp_path, capsys):
+    rows = new_rows()
+    rows[0]["title"] = "knife oven"
+    other = write(tmp_path / "other.jsonl", rows)
+    for out, items in ((lists, {"items": other}), (lists, {}), (plain, {"items": new_items})):
+        before = digest(out)
         capsys.readouterr()
-        again = {"workdir": made.workdir, "out": tmp_path / "out", "users": users, "k": 5, **items}
-        assert dynrec("score", "filter_seen", **again) == 2
-        assert str(tmp_path / "out") in one_line(capsys)
-    assert digest(tmp_path / "out") == before
+        assert score(world, out, **items) == 2
+        assert str(out) in one_line(capsys)
+        assert digest(out) == before
+    # The order of the rows and what the model leaves out are no other items.
+    same = write(tmp_path / "same.jsonl", new_rows()[::-1])
+    before = digest(lists)
+    assert score(world, lists, items=same) == 0
+    assert "1 parts in" in (told := capsys.readouterr().out)
+    assert "(1 were there already)" in told
+    assert digest(lists) == before
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_without_new_items_in_the_lists_they_are_what_they_were(fusion, news, tmp_path):
-    made = news(fusion)
-    strangers = [{"item_id": "zzz", "title": "", "v": [0.0, 0.0, 0.0]}, {"item_id": "zz", "title": None}]
-    file = write_items(tmp_path / "new.jsonl", [*NEW, *strangers])
-    without = score(made, tmp_path / "without", k=24)
-    with_new = score(made, tmp_path / "with", items=file, k=24 + 5)
-    for user, items in with_new.items():
-        assert sorted(items) == sorted([*(row["item_id"] for row in KNOWN + NEW), "zz", "zzz"])
-        assert [item for item in items if item in without[user]] == without[user]
-    # The order of a file is not that of its items.
-    turned = write_items(tmp_path / "turned.jsonl", [*strangers, *reversed(NEW)])
-    own = open_dataset(made.dataset)
-    one, other = (read_new_items(path, own, {"title"}).table for path in (file, turned))
-    assert one.equals(other)
-    assert one.column("index").to_pylist() == list(range(25, 30))
+def test_a_file_may_know_less_and_more_than_the_dataset(world, lists, tmp_path):
+    """Columns that the dataset has not are not looked at, whatever they hold; one of the model's is enough."""
+    rows = [
+        {"item_id": row["item_id"], "title": row["title"], "genres": None, "odd": odd, "place": "here"}
+        for row, odd in zip(new_rows(), ["x", [1.5], {"y": 2}], strict=True)
+    ]
+    items = write(tmp_path / "new.jsonl", rows)
+    assert score(world, tmp_path / "out", items=items) == 0
+    assert read(tmp_path / "out") == read(lists)
 
 
-def test_new_items_have_no_row_of_their_own(news, tmp_path):
-    made = news("text")
-    run = workdirs.open(made.workdir, items=made.workdir.parent / "new.jsonl")
-    assert run.item_ids.to_pylist()[24:] == sorted(row["item_id"] for row in NEW)
-    assert (run.items.number, run.new.known, run.dataset.items) == (27, 2, 24)
-    assert ID_TABLE not in run.tables
+REFUSED: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "no column of the model": (
+        [{"item_id": "new", "genres": ["a"], "name": "boat"}],
+        ["genres, name", "title"],
+    ),
+    "no new item": (
+        [{"item_id": OLD["sea"][0], "title": "boat"}, {"item_id": OLD["cook"][1], "title": "pan"}],
+        ["all of its 2 items"],
+    ),
+    "sets for text": ([{"item_id": "new", "title": ["boat", "sail"]}], ["'title'", "list", "string"]),
+    "text for sets": ([{"item_id": "new", "title": "boat", "genres": "a"}], ["'genres'", "list<", "string"]),
+    "sets for vectors": ([{"item_id": "new", "title": "boat", "image": ["a"]}], ["'image'", "float"]),
+    "sets of whole numbers for vectors": (
+        [{"item_id": "new", "title": "boat", "image": [1, 0, 2]}],
+        ["'image'", "float"],
+    ),
+    "vectors for sets": ([{"item_id": "new", "title": "boat", "genres": [0.5, 1.5]}], ["'genres'", "float"]),
+    "no id": ([{"title": "boat"}], ["item_id"]),
+}
 
 
-NOTHING = [{"item_id": "new", "colour": "red"}]
-
-
-@pytest.mark.parametrize(
-    ("rows", "named"),
-    [
-        (None, ["nowhere.jsonl", "no such file"]),
-        (KNOWN[:3], ["items.jsonl", "all of its 3 items are in the dataset"]),
-        (NOTHING, ["items.jsonl", "colour", "expected one of these", "title"]),
-        ([{"item_id": "new", "title": ["a", "b"]}], ["items.jsonl", "'title' is list"]),
-        ([{"title": "a"}], ["items.jsonl", "item_id"]),
-    ],
-)
-def test_files_that_are_refused(rows, named, news, tmp_path, capsys):
-    made = news("text")
-    file = tmp_path / "nowhere.jsonl" if rows is None else write_items(tmp_path / "items.jsonl", rows)
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_cannot_be_meant_is_refused(name, world, tmp_path, capsys):
+    rows, named = REFUSED[name]
+    items = write(tmp_path / "new.jsonl", rows)
     capsys.readouterr()
-    assert dynrec("score", workdir=made.workdir, out=tmp_path / "out", items=file) == 2
+    assert score(world, tmp_path / "out", items=items) == 2
     line = one_line(capsys)
+    assert str(items) in line
     assert [part for part in named if part not in line] == []
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_of_ids_alone_knows_nothing_of_new_items(tmp_path_factory, tmp_path, capsys):
-    made = small_run(tmp_path_factory)
-    file = write_items(tmp_path / "items.jsonl", NEW)
-    capsys.readouterr()
-    assert dynrec("score", workdir=made.workdir, out=tmp_path / "out", items=file) == 2
-    line = one_line(capsys)
-    assert "items.jsonl" in line
-    assert "item.fusion" in line
+def test_a_file_that_is_not_there_is_refused(world, tmp_path, capsys):
+    for items in (tmp_path / "nowhere.jsonl", tmp_path):
+        assert score(world, tmp_path / "out", items=items) == 2
+        assert str(items) in one_line(capsys)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_in_a_catalogue_that_needs_more_rows(tmp_path):
-    """255 items and padding fill 256 rows: with new ones the tables are longer, and some items have other rows."""
-    rows = [
-        {"item_id": f"i{n:03d}", "v": [float(n % 3 == k) + 0.01 * n for k in range(3)]} for n in range(255)
-    ]
-    log = [" ".join([f"u{n}", *(f"i{(3 * at + 7 * n) % 255:03d}" for at in range(9))]) for n in range(85)]
-    made = dataset(tmp_path / "large", log, rows)
-    keys = {"item__fusion": "both", "item__vectors": ("v",), "train__evaluate_every": 0}
-    config = experiment(tmp_path / "large.py", made.path, **keys)
-    assert dynrec("train", config=config, workdir=tmp_path / "run") == 0
-    run = Made(made.path, tmp_path / "run", config)
-    new = write_items(
-        tmp_path / "new.jsonl", [{"item_id": f"n{n}", "v": [1.0, 0.0, 0.5 * n]} for n in range(9)]
-    )
-    without = score(run, tmp_path / "without", k=255)
-    for user, items in score(run, tmp_path / "with", items=new, k=264).items():
-        assert [item for item in items if not item.startswith("n")] == without[user]
-    opened = workdirs.open(tmp_path / "run", items=new)
-    table = np.asarray(opened.tables[ID_TABLE])
-    assert table.shape[0] == 512
-    assert not table[256:].any()
-    assert table[1:256].any(axis=1).all()
-    assert json.loads((made.path / "dataset.json").read_text())["counts"]["items"] == 255
-    shutil.rmtree(tmp_path / "run")
+def test_longer_than_the_catalogue_with_the_new_items_is_refused(world, new_items, tmp_path, capsys):
+    assert score(world, tmp_path / "out", items=new_items, k=3 * EACH + 4) == 2
+    assert "27 items" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_ids_alone_is_refused(tmp_path_factory, new_items, tmp_path, capsys):
+    run = small_run(tmp_path_factory)
+    capsys.readouterr()
+    assert score(run, tmp_path / "out", items=new_items) == 2
+    line = one_line(capsys)
+    assert [part for part in (str(new_items), "ids alone", "item.fusion") if part not in line] == []
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from dynrec_jax import workdir as workdirs
 
 from ..commands import Made, dynrec, make, small_run
+from ..data import reference
 
 Histories = dict[str, list[str]]
 LENGTH = 100  # of the lists that evaluation looks at
@@ -136,8 +138,8 @@ def test_with_tied_scores(distinct, shop, histories, tmp_path, monkeypatch):
     """Item i has the vector of item i mod `distinct`: equal scores rank by the lowest index, and get chance."""
     opened = workdirs.open
 
-    def tied(*arguments: Any) -> workdirs.Run:
-        run = opened(*arguments)
+    def tied(*arguments: Any, **named: Any) -> workdirs.Run:
+        run = opened(*arguments, **named)
         name, table = next(iter(run.tables.items()))
         return dataclasses.replace(run, tables={name: table[1 + jnp.arange(len(table)) % distinct]})
 
@@ -192,3 +194,29 @@ def test_in_a_catalogue_whose_table_has_another_order(tmp_path):
     result, _ = check(made, histories, tmp_path / "out")
     assert result["catalogue"] == len({item for history in histories.values() for item in history}) > 2**16
     assert result["baselines"]["popularity"]["recall@100"] > 0
+
+
+def test_cold_items_are_measured_by_the_users_who_are_asked_for_one(tmp_path_factory, tmp_path):
+    """How the run was trained is not asked here: its config alone says that some items came later."""
+    run = small_run(tmp_path_factory)
+    made = run._replace(workdir=tmp_path / "run")
+    shutil.copytree(run.workdir, made.workdir)
+    config = json.loads((made.workdir / "config.json").read_text())
+    config["data"]["cold_items"] = 0.3
+    (made.workdir / "config.json").write_text(json.dumps(config))
+    histories, _ = of_dataset(made.dataset)
+    items = sorted({item for history in histories.values() for item in history}, key=str.encode)
+    cold = {items[i - 1] for i in reference.cold(len(items), 0.3)}
+    assert dynrec("evaluate", workdir=made.workdir, split="test") == 0
+    assert dynrec("score", "filter_seen", workdir=made.workdir, out=tmp_path / "out", split="test", k=32) == 0
+    result = json.loads((made.workdir / "evaluation" / "test.json").read_text())
+    frame = pd.read_parquet(tmp_path / "out")
+    chosen = frame[[histories[user][-1] in cold for user in frame["user_id"]]]
+    assert 3 < len(chosen) < len(frame) - 3
+    assert result["cold"]["users"] == len(chosen)
+    same(result["cold"], metrics_of(chosen, histories, items))
+    same(result, metrics_of(frame, histories, items))
+    assert result["protocol"]["cold_items"] == 0.3
+    # Nobody has counted a cold item, so the lists of the most popular ones end with them, the first index first.
+    counted = [item for history in training_events(histories) for item in history if item not in cold]
+    same(result["baselines"]["popularity"], metrics_of(popular(counted, histories, items), histories, items))

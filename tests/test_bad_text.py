@@ -136,6 +136,7 @@ def test_a_bert_folder_that_is_not_what_it_must_be(fault: Callable[[Path], None]
             {**FROZEN, "item__text_mode": "tuned", "item__text_from": 3},
             ["item.text_from", "3", "bert", "2 layers"],
         ),
+        ({**TUNED, "item__text_from": 3, "item__text_layers": 2}, ["item.text_from", "3", "expected 2"]),
         ({**FROZEN, "item__bert": ""}, ["item.bert", "item.text_mode=tuned"]),
         ({**FROZEN, "item__fusion": "id"}, ["item.text", "item.fusion=id"]),
         ({**IMAGES, "item__fusion": "id"}, ["item.vectors", "item.fusion=id"]),

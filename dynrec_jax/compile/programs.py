@@ -76,8 +76,8 @@ def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan
     """
     if describes_items(config):
         raise ConfigError(
-            f"config.item.fusion: {config.item.fusion!r} needs a dataset's items, and a plan has none; use id, and add "
-            "what the towers hold of an item"
+            f"config.item.fusion: {config.item.fusion!r} needs a dataset's items, and a plan has none; use id for the "
+            "part of users and ids, and add what towers hold of each item, and BERT with its activations"
         )
     model = make_bstm(config, items)
     assert isinstance(model, Bstm)

@@ -11,12 +11,12 @@ from ibis.backends.duckdb import Backend
 from dynrec_jax.data.kinds import PLACE, SET, TEXT, VECTOR
 from dynrec_jax.errors import DataError
 
-RESERVED = {"index", "item_id", PLACE}
 NTH = "nth row of the item"
+RESERVED = {"index", "item_id", PLACE, NTH}
 
 
 def with_columns(
-    con: Backend, items: ir.Table, described: ir.Table, columns: list[str]
+    con: Backend, items: ir.Table, described: ir.Table, columns: list[str], where: str
 ) -> tuple[ir.Table, dict[str, int]]:
     """Joins columns to the catalogue by item id.
 
@@ -28,16 +28,26 @@ def with_columns(
       items: index and item_id.
       described: item_id, PLACE and the columns, null where empty.
       columns: Which columns to join.
+      where: What describes them, for messages.
 
     Returns:
       The items with the columns, null where an item has none; and counts of items without a row, of rows that repeat
       an item id, and, where there are columns of text, of items without any text.
+
+    Raises:
+      DataError: No item of the catalogue is described.
     """
     once = con.create_table("described", one_row_an_item(described, columns))
     joined = con.create_table(
         "items_described", items.left_join(once, "item_id").select("index", items["item_id"], *columns)
     )
     with_row = count(items.semi_join(once, "item_id"))
+    if not with_row:
+        theirs, ours = (str(table.limit(1).to_pyarrow()["item_id"][0]) for table in (once, items))
+        raise DataError(
+            f"{where}: none of its {count(once):,} items is in the log; they are such as {theirs!r}, and those of the "
+            f"log such as {ours!r}; expected the same ids"
+        )
     counts = {
         "items_without_row": count(items) - with_row,
         "item_rows_repeated": count(described) - count(once),
@@ -77,20 +87,20 @@ def count(table: ir.Table) -> int:
     return int(table.count().to_pyarrow().as_py())
 
 
-def chosen_columns(where: str, found: list[str], wanted: tuple[str, ...]) -> list[str]:
-    """Which columns of an items file to keep: those that were asked for, or all.
+def chosen_columns(where: str, found: list[str], wanted: tuple[str, ...] | None) -> list[str]:
+    """Which columns of an items file to keep: those that were asked for, or, for None, all that have a name.
 
     Raises:
       DataError: A column that is not there, whose name the dataset uses itself, or that differs from another by its
         case alone.
     """
-    there = [name for name in found if name != "item_id"]
-    for name in wanted:
+    there = [name for name in found if name not in ("item_id", "")]
+    for name in wanted or ():
         if name not in there:
             raise DataError(
                 f"{where}: no column {name!r}; found {', '.join(there) or 'none'} (--text_columns)"
             )
-    columns = list(dict.fromkeys(wanted)) or there
+    columns = there if wanted is None else list(dict.fromkeys(wanted))
     lower: dict[str, str] = {}
     for name in columns:
         if name.lower() in RESERVED:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dynrec_jax.data.catalogue import one_row_an_item
+from dynrec_jax.data.catalogue import count, one_row_an_item
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.data.engine import engine
 from dynrec_jax.data.faults import machine_faults
@@ -21,23 +21,29 @@ class NewItems(NamedTuple):
 
     Attributes:
       table: rows as in `Dataset.items_table`; their indices follow the dataset's, in the order of the ids' bytes.
-      known: how many rows of the file are items of the dataset, and were left out.
+      known: how many items of the file are the dataset's, and were left out.
+      repeated: rows whose item a row before them has.
+      bare: new items of which the file holds nothing that the model reads.
     """
 
     table: pa.Table
     known: int
+    repeated: int = 0
+    bare: int = 0
 
 
-def read_new_items(path: Path, dataset: Dataset, needed: set[str]) -> NewItems:
-    """Reads a file of items; columns that the dataset does not have are not looked at.
+def read_new_items(path: Path, dataset: Dataset, needed: set[str], graph: bool = False) -> NewItems:
+    """Reads a file of items; columns that the model does not read are not looked at.
 
     Args:
       path: anything that `prepare --items` takes.
       dataset: whose items are known.
-      needed: columns of which the file must have one at least; empty where a model reads none.
+      needed: columns that the model reads, of which the file must have one at least; empty where it reads none.
+      graph: whether the model reads the dataset's triples too, so that items without any column may be described.
 
     Raises:
-      DataError: no such file, not what it must be, none of the columns, a column of another kind, or no new item.
+      DataError: no such file, not what it must be, none of the columns, a column of another kind, no new item, or
+        nothing that describes any.
     """
     own = dataset.items_table()
     with (
@@ -46,13 +52,15 @@ def read_new_items(path: Path, dataset: Dataset, needed: set[str]) -> NewItems:
         engine(Path(folder)) as con,
     ):
         found = [name for name in columns_in(path) if name != "item_id"]
-        columns = [name for name in own.column_names[2:] if name in found]
-        if needed and not needed.intersection(columns):
+        columns = [name for name in own.column_names[2:] if name in found and name in needed]
+        if needed and not columns:
             raise DataError(
                 f"{path}: has the columns {', '.join(found) or 'none'}; the model describes items by "
                 f"{', '.join(sorted(needed))}, expected one of these"
             )
-        described, _ = read_items(con, path, tuple(columns))
+        kinds = {name: _kind(own.schema.field(name).type) for name in columns}
+        described, _ = read_items(con, path, tuple(columns), kinds)
+        rows = count(described)
         table = one_row_an_item(described, columns).order_by("item_id").to_pyarrow()
     ids = table.column("item_id").cast(pa.string()).combine_chunks()
     new = pc.invert(pc.is_in(ids, value_set=dataset.item_ids().cast(pa.string())))
@@ -68,14 +76,25 @@ def read_new_items(path: Path, dataset: Dataset, needed: set[str]) -> NewItems:
         values = fresh.column(name) if name in columns else None
         if values is None or values.null_count == len(values):  # what holds nothing is of any kind
             arrays.append(pa.nulls(fresh.num_rows, kind))
-        elif _sort(values.type) == _sort(kind):
+        elif _kind(values.type) == _kind(kind):
             arrays.append(values.cast(kind))
         else:
-            raise DataError(f"{path}: column {name!r} is {values.type}; expected {kind}, as the dataset's")
-    return NewItems(pa.table(arrays, names=own.column_names), table.num_rows - fresh.num_rows)
+            raise DataError(
+                f"{path}: column {name!r} is {_kind(values.type)}; expected {_kind(kind)}, as the dataset's"
+            )
+    made = pa.table(arrays, names=own.column_names)
+    bare = 0
+    if columns:
+        bare = sum(all(value is None for value in row.values()) for row in made.select(columns).to_pylist())
+    if columns and not graph and bare == made.num_rows:
+        raise DataError(
+            f"{path}: none of its {bare:,} new items has anything in {', '.join(columns)}; expected what "
+            "describes them"
+        )
+    return NewItems(made, table.num_rows - fresh.num_rows, rows - table.num_rows, bare)
 
 
-def _sort(kind: pa.DataType) -> str:
+def _kind(kind: pa.DataType) -> str:
     """Text, sets and vectors: no two of them are read as each other, for a set holds each value once."""
     if not pa.types.is_list(kind):
         return TEXT

@@ -26,6 +26,7 @@ from dynrec_jax.data.graph import write_triples
 from dynrec_jax.data.kinds import PLACE
 from dynrec_jax.data.sources import SOURCES, split_source
 from dynrec_jax.data.sources.items import read_items
+from dynrec_jax.data.sources.lines import require_file
 from dynrec_jax.data.sources.source import Columns, Job, Source
 from dynrec_jax.data.sources.triples import read_triples
 from dynrec_jax.data.write import GROUP_EVENTS, logical, time_span, write_interactions, write_items
@@ -110,6 +111,11 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Dataset:
 def check(options: PrepareOptions) -> int | None:
     """Checks what needs no data; gives the seed of --ties=random:SEED, else None."""
     filters = options.filters
+    for name, what in (("items", options.items), ("triples", options.triples)):
+        if what is not None:
+            if not str(what):
+                raise ConfigError(f"--{name}=: is empty; expected a file, or leave the flag out")
+            require_file(Path(what), f"a file (--{name})")
     if not 1 <= options.shards <= MAX_SHARDS:
         raise ConfigError(f"--shards={options.shards}: expected 1 to {MAX_SHARDS}")
     if filters.missing not in ("refuse", "drop"):
@@ -153,7 +159,9 @@ def build(
     items = made.items
     dropped = cleaned.dropped()
     if described is not None:
-        items, counts = catalogue.with_columns(con, items, described, columns)
+        items, counts = catalogue.with_columns(
+            con, items, described, columns, str(options.items or source.name)
+        )
         dropped |= counts
     shard_hashes = write_interactions(folder, made, options.shards, times, types, options.group_events)
     kinds = catalogue.kinds_of(items, columns)
@@ -186,10 +194,10 @@ def build(
 def choose_items(con: Backend, source: Source, options: PrepareOptions) -> tuple[ir.Table | None, list[str]]:
     """The relation that describes items, the file's or the source's own, and the columns to keep of it."""
     if options.items is not None:
-        return read_items(con, Path(options.items), options.text_columns)
+        return read_items(con, Path(options.items), options.text_columns or None)
     if source.items is not None:
         found = [name for name in source.items.columns if name != PLACE]
-        return source.items, catalogue.chosen_columns(source.name, found, options.text_columns)
+        return source.items, catalogue.chosen_columns(source.name, found, options.text_columns or None)
     if options.text_columns:
         raise DataError(
             f"{source.name}: describes no items, but --text_columns is set; name a file with --items"

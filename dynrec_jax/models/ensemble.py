@@ -89,7 +89,7 @@ class Ensemble:
     def loss(
         self, params: Any, rows: Rows, batch: Batch, negatives: Negatives | None, key: Array
     ) -> tuple[Array, Array]:
-        """The sum of both losses: each model learns as if it were alone."""
+        """The sum of both losses. Neither has a gradient from the other; what clips gradients is the norm of all."""
         totals = [
             part.loss(params[name], rows, batch, negatives, jax.random.fold_in(key, number))
             for number, (name, part) in enumerate(self.parts.items())

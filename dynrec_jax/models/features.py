@@ -57,15 +57,18 @@ class Items:
             self._placed[mesh] = {name: _place(values, self.number, mesh) for name, values in found.items()}
         return self._placed[mesh]
 
-    def encoded(self, params: Any, mesh: Mesh) -> dict[str, Array]:
-        """Vectors of all texts by the BERT that is trained, [R, E]; empty where none is."""
+    def encoded(self, params: Any, mesh: Mesh, into: dict[str, Array] | None = None) -> dict[str, Array]:
+        """Vectors of all texts by the BERT that is trained, [R, E]; empty where none is.
+
+        `into` is what an earlier call gave: it is written over, and there is no second one.
+        """
         if self.text is None:
             return {}
         weights = params.get("text", params)[BERT]
         rows, width = rows_for(self.number), self.text.encoder.width
         empty, put = _programs(rows, width, mesh)
         with jax.set_mesh(mesh):
-            cache_RxE = empty()
+            cache_RxE = into[TEXT] if into else empty()
             blocks = encode_items(
                 self.text.encoder, weights, self.text.ids, self.text.lengths, mesh, self.say
             )

@@ -156,7 +156,7 @@ class Fresh(NamedTuple):
         return {**described, TEXT: vectors_RxE.at[row_U].set(self.vectors, mode="drop")}
 
     def distance(self, described: Described, ids: Array) -> Array:
-        """How far vectors have moved since those of `described` were made: mean of 1 - cosine over items `ids`."""
+        """How far vectors are from those of `described`, which were made earlier: mean of 1 - cosine over `ids`."""
         old, new = described[TEXT], self.over(described, ids)[TEXT]
         size = jnp.linalg.norm(old, axis=-1) * jnp.linalg.norm(new, axis=-1)
         real = size > 0

@@ -194,7 +194,14 @@ def _chunks(users: np.ndarray, ends: np.ndarray) -> list[tuple[np.ndarray, np.nd
 def _of_new(run: Run) -> list[str]:
     if run.new is None:
         return []
-    told = _told(run.new.known, "rows of --items are items of the dataset and were left out")
+    told = [
+        *_told(run.new.known, "items of --items are the dataset's and were left out"),
+        *_told(
+            run.new.repeated,
+            "rows of --items repeat an item: the first counts, later ones give what it lacks",
+        ),
+        *_told(run.new.bare, "new items have nothing that describes them, and the vector of what is unknown"),
+    ]
     return [f"{run.new.table.num_rows:,} new items are recommended too", *told]
 
 

@@ -79,6 +79,7 @@ def train(
     """
     splits = make_splits(histories, config)
     own = feed(mesh, processes.index)
+    source: BatchSource | TextBatches
     source = BatchSource(histories, splits, config, own.pieces, own.part, own.parts)
     exchange = exchange_of_batches(config, mesh, source, own, processes)
     with contextlib.ExitStack() as opened:
@@ -109,12 +110,11 @@ def train(
         hooks: list[Hook] = [log, evaluation, CheckpointHook(config, checkpoints, evaluation, log)]
         step = start
         if start < config.train.steps and not standing.get("stopped"):
-            texts = None if items.text is None else _text_batches(source, items, mesh, own, processes)
+            if items.text is not None:
+                source = _text_batches(config, source, items, own, processes)
             seen = {} if given.seen_Rx1 is None else {SEEN: given.seen_Rx1}
             features = {**items.place(mesh), **seen}
-            stream = _placed_inputs(
-                texts or source, start, config.data.prefetch, mesh, processes, running, features
-            )
+            stream = _placed_inputs(source, start, config.data.prefetch, mesh, processes, running, features)
             left = range(start, config.train.steps)
             refresh = _refresh(config, items, mesh, progress_bar)
             step = run(state, made.step, stream, refresh, hooks, left, progress_bar)
@@ -147,21 +147,22 @@ def _given(
     mesh: Mesh,
     own: Feed,
 ) -> Given:
-    """BERT's first weights, and which items training sees, where a model makes a difference between them."""
+    """BERT's first weights, and which items and words training sees, where a model makes a difference between them."""
     bert = None if items.text is None else items.text.weights
     if not describes_items(config):
         return Given(bert=bert)
     counts = sum_of_parts(mesh, own, training_counts_of(config, histories, splits))
     seen_Rx1 = in_rows(counts > 0, rows_for(items.number)).astype(np.int32)[:, None]
-    return Given(place_same(sharding(mesh, "items", None), seen_Rx1), bert)
+    unused = {tower.name: tower.unused(counts[1:] > 0) for tower in items.towers if tower.words}
+    return Given(place_same(sharding(mesh, "items", None), seen_Rx1), bert, unused)
 
 
 def _text_batches(
-    source: BatchSource, items: Items, mesh: Mesh, own: Feed, processes: Processes
+    config: ml_collections.ConfigDict, source: BatchSource, items: Items, own: Feed, processes: Processes
 ) -> TextBatches:
     """The batches with the text of their items; parts of a batch are planned alike."""
     assert items.text is not None
-    made = TextBatches(source, items.text, own.pieces)
+    made = TextBatches(source, items.text, own.pieces * max(config.train.accumulation, 1))
     made.plan(np.max(processes.exchange(made.planned), axis=0).tolist())
     return made
 
@@ -193,7 +194,7 @@ def _refresh(
     def refresh(step: int, state: TrainState) -> TrainState:
         if items.text is None or step % config.item.text_refresh:
             return state
-        return state._replace(caches=items.encoded(state.params, mesh))
+        return state._replace(caches=items.encoded(state.params, mesh, state.caches))
 
     return refresh
 
@@ -234,11 +235,15 @@ def model_widths(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
 
 
 def check_fits(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> None:
-    """Raises ConfigError where the item tables of a run cannot fit into its devices' memory; nothing is allocated."""
+    """Raises ConfigError where the id tables of a run cannot fit into its devices' memory; nothing is allocated."""
+    if config.item.fusion == "text":
+        return
     memory = device_memory()
     most = MOST_OF_A_ROW * rows_for(items) * config.model.dim * 4 // table_devices(mesh)
     if memory is not None and most > memory:  # to look closer takes half a second
-        model = MODELS[config.model.name](config, items)
+        ids_alone = config.copy_and_resolve_references()
+        ids_alone.item.fusion = "id"
+        model = MODELS[config.model.name](ids_alone, items)
         state, _ = abstract_state(model, make_optimizer(config), make_row_optimizer(config), mesh)
         check_tables(state, items, mesh, memory)
 

@@ -64,10 +64,12 @@ class Given(NamedTuple):
     Attributes:
       seen_Rx1: int32[R, 1], 1 for items that training sees: the rows of others start as zeros. None for all.
       bert: BERT's weights; None for random ones.
+      unused: by tower and parameter, bool[V] of a vocabulary: words that no seen item has start as zeros too.
     """
 
     seen_Rx1: Any = None
     bert: Any = None
+    unused: Any = {}  # noqa: RUF012 # never changed
 
 
 def fresh_state(
@@ -116,6 +118,7 @@ def _boxed(
     params, tables = variables["params"], variables["tables"]
     if given.seen_Rx1 is not None:
         tables = jax.tree.map(lambda table_RxD: jnp.where(given.seen_Rx1 > 0, table_RxD, 0.0), tables)
+    params = jax.tree_util.tree_map_with_path(functools.partial(_emptied, given.unused), params)
     row_state = (
         {name: rows.init(nn.meta.unbox(table)) for name, table in tables.items()} if model.sampled else {}
     )
@@ -125,6 +128,13 @@ def _boxed(
         cache_RxE = jnp.zeros((rows_for(model.abra.items), model.text.width), jnp.float32)
         caches[TEXT] = nn.LogicallyPartitioned(cache_RxE, ("items", None))
     return TrainState(jnp.int32(0), params, tables, opt_state, row_state, caches)
+
+
+def _emptied(unused: dict[str, dict[str, jax.Array]], path: tuple[Any, ...], weight: jax.Array) -> jax.Array:
+    """A weight with zeros in the rows of words that nothing uses."""
+    names = [step.key for step in path if isinstance(step, jax.tree_util.DictKey)]
+    rows = unused.get(names[-2], {}).get(names[-1]) if len(names) > 1 else None
+    return weight if rows is None else jnp.where(rows[:, None], 0.0, weight)
 
 
 def state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:

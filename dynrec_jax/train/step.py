@@ -113,7 +113,8 @@ def train_step(
     Returns:
       The new state and scalars: `loss` (mean over targets), `targets`, `attended` (events that the positions with
       a target look at, each itself included), `gradient_norm`, `learning_rate`; where BERT is trained, `text_moved`:
-      how far the vectors of the batch's items are from those in use elsewhere (mean of 1 - cosine).
+      how far the vectors of the batch's events are from those in use elsewhere (mean of 1 - cosine); what BERT's
+      dropout does to a vector is in it.
     """
     batch = inputs.batch
     key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
@@ -216,7 +217,10 @@ class _Made(NamedTuple):
             return cls(())
         key = jax.random.fold_in(key, 3)
         shapes = [(tokens.ids.shape[0], tokens.ids.shape[1]) for tokens in inputs.text]
-        parts = [parts_for(texts, width, settings.pieces, PART_TOKENS) for texts, width in shapes]
+        parts = [
+            settings.accumulation or parts_for(texts, width, settings.pieces, PART_TOKENS)
+            for texts, width in shapes
+        ]
         with jax.named_scope("text"):
             vectors_UxE, back = jax.vjp(
                 lambda params: model.encode(params, inputs.text, key, parts), state.params

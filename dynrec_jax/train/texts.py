@@ -34,7 +34,7 @@ class TextBatches:
     """
 
     def __init__(self, source: BatchSource, text: TextSource, pieces: int):
-        """`pieces`: devices that share this part of a batch, over which the items of each width divide."""
+        """`pieces`: the items of each width divide by it: devices that share this part of a batch, times parts."""
         self._source = source
         self._text = text
         longest = text.ids.shape[1]

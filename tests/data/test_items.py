@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dynrec_jax.data.engine import engine
 from dynrec_jax.data.prepare import PrepareOptions, prepare
 from dynrec_jax.data.sources.items import read_items
 from dynrec_jax.data.sources.triples import read_triples
-from dynrec_jax.errors import DataError
+from dynrec_jax.errors import DataError, UserError
 
 from . import reference
 from .logs import made
@@ -189,7 +190,7 @@ def test_folders_that_tell_no_kinds_hold_text(tmp_path):
 def test_columns_that_mix_kinds_or_hold_no_numbers_are_refused(con, tmp_path, rows, parts):
     path = tmp_path / "items.jsonl"
     path.write_text("".join(json.dumps({"item_id": "x", **row}) + "\n" for row in rows))
-    message = unread(lambda: read_items(con, path, ()))
+    message = unread(lambda: read_items(con, path, None))
     assert str(path) in message
     assert [part for part in parts if part not in message] == []
 
@@ -210,7 +211,7 @@ def test_a_column_that_is_not_kept_is_not_judged(tmp_path):
 )
 def test_bad_vectors_of_parquet_are_refused(con, tmp_path, values, part):
     pq.write_table(pa.table({"item_id": ["x", "y", "z"], "v": values}), tmp_path / "items.parquet")
-    assert part in unread(lambda: read_items(con, tmp_path / "items.parquet", ()))
+    assert part in unread(lambda: read_items(con, tmp_path / "items.parquet", None))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_bad_vectors_of_parquet_are_refused(con, tmp_path, values, part):
 )
 def test_bad_objects_of_lists_are_refused(con, tmp_path, content, part):
     (tmp_path / "map.json").write_text(content)
-    assert part in unread(lambda: read_items(con, tmp_path / "map.json", ()))
+    assert part in unread(lambda: read_items(con, tmp_path / "map.json", None))
 
 
 def test_packed_json_lines_that_are_cut_short_are_refused(tmp_path):
@@ -239,6 +240,48 @@ def test_packed_json_lines_that_are_cut_short_are_refused(tmp_path):
     assert described(made(tmp_path, log, "whole", items=tmp_path / "items.jsonl.gz"))["7"]["title"] == "49"
     (tmp_path / "items.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     assert "items.jsonl.gz: cut short or damaged" in refused(tmp_path, items=tmp_path / "items.jsonl.gz")
+
+
+def test_a_column_without_a_name_is_left_out(tmp_path):
+    """As pandas writes the index of a frame."""
+    (tmp_path / "items.csv").write_text(",item_id,title\n0,x,lamp\n1,y,chair\n")
+    assert described(made(tmp_path, ROWS, items=tmp_path / "items.csv"))["y"] == {"title": "chair"}
+
+
+def test_no_number_is_no_text(tmp_path):
+    rows = [{"item_id": "x", "title": float("nan"), "year": float("inf")}, {"item_id": "y", "title": "lamp"}]
+    dataset = made(tmp_path, ROWS, items=lines(tmp_path / "items.jsonl", rows))
+    assert described(dataset)["x"] == {"title": None, "year": None}
+    assert dataset.info["dropped"]["items_without_text"] == 2  # x and z
+
+
+def test_the_words_of_a_set_are_without_space_around_them(tmp_path):
+    rows = [{"item_id": "x", "tags": [" red", "red ", "dark  blue\n"]}]
+    items = lines(tmp_path / "items.jsonl", rows)
+    assert described(made(tmp_path, ROWS, items=items))["x"] == {"tags": ["red", "dark blue"]}
+
+
+def test_items_of_another_log_are_refused(tmp_path):
+    items = lines(tmp_path / "items.jsonl", [{"item_id": f"no{i}", "title": "t"} for i in range(3)])
+    assert "none of its 3 items is in the log; they are such as 'no" in refused(tmp_path, items=items)
+
+
+@pytest.mark.parametrize("name", ["items", "triples"])
+def test_files_that_are_not_there_are_told_before_the_log_is_read(name, tmp_path):
+    for value, part in (
+        ("nowhere.csv", f"no such file; expected a file (--{name})"),
+        ("", f"--{name}=: is empty"),
+    ):
+        with pytest.raises(UserError, match=re.escape(part)):
+            prepare(PrepareOptions(source="table:no_log.csv", out=tmp_path / "out", **{name: value}))
+
+
+def test_long_fields_and_odd_line_ends_of_csv(con, tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_text(f"item_id,title\nx,{'long ' * 40_000}\n,none\n")
+    assert "items.csv:3: no item_id" in unread(lambda: read_items(con, path, None))
+    path.write_bytes(b"item_id,title\rx,lamp\r")
+    assert "items.csv:1: " in unread(lambda: read_items(con, path, None))
 
 
 # ---------------------------------------------------------------------- triples
@@ -353,3 +396,10 @@ def test_attributes_of_a_real_catalogue(tmp_path, shared_data):
     given = json.loads((folder / "item2attributes.json").read_text())
     found = {item: row["attributes"] for item, row in described(dataset).items()}
     assert found == {item: list(dict.fromkeys(map(str, given[item]))) for item in found}
+
+
+@pytest.mark.parametrize("header", ["head_id\trelation_id\ttail_id", "Head\tRelation\tTail"])
+def test_a_header_of_triples_may_be_written_in_other_ways(con, header, tmp_path):
+    path = tmp_path / "kg.tsv"
+    path.write_text(f"{header}\nx\tby\ty\n")
+    assert read_triples(con, path).to_pyarrow().to_pylist() == [{"head": "x", "relation": "by", "tail": "y"}]

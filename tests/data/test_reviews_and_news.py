@@ -11,7 +11,9 @@ import pytest
 from dynrec_jax.data.clean import Filters
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.data.prepare import PrepareOptions, prepare
-from dynrec_jax.data.sources.amazon_items import python_literal
+from dynrec_jax.data.sources.amazon_items import described as columns_of
+from dynrec_jax.data.sources.amazon_items import python_literal, records
+from dynrec_jax.data.sources.mind import parts
 from dynrec_jax.data.sources.source import Columns
 from dynrec_jax.errors import ConfigError, DataError
 
@@ -220,7 +222,35 @@ def test_nothing_of_a_literal_is_executed(text):
     assert python_literal(text) is None
 
 
+@pytest.mark.parametrize("title", ["{'a', 'b'}", "b'a'", "{(1, 2): 3}", "2j"])
+def test_what_json_has_not_is_refused_in_a_literal(title, tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_text(f"{{'asin': 'x', 'title': {title}}}\n")
+    with pytest.raises(DataError, match=r"meta\.json:1: not JSON"):
+        list(records(path))
+
+
+def test_characters_of_literals_are_whole(tmp_path):
+    text = "{'asin': 'x', 'title': u'\\ud83d\\ude00', 'brand': 'a\\U0000d83d'}\n"
+    (tmp_path / "meta.json").write_text(text)
+    ((_, row),) = records(tmp_path / "meta.json")
+    assert (row["title"], row["brand"]) == ("😀", "a?")
+
+
+def test_fields_that_stand_for_others():
+    row = {"asin": "x", "brand": "&nbsp; ", "store": "Lux", "description": [], "features": ["red", "old"]}
+    assert columns_of(Path("meta"), 1, row) == ("x", None, "Lux", "red old", None)
+
+
 # ------------------------------------------------------------------------- mind
+
+
+@pytest.mark.parametrize(("name", "kept"), [("latest", True), ("MINDsmall_test", False), ("test", False)])
+def test_splits_that_tell_no_clicks(name, kept, tmp_path):
+    for folder in ("MINDsmall_train", name):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "behaviors.tsv").write_text("")
+    assert (tmp_path / name in parts(tmp_path)) is kept
 
 
 def at(day: int, hour: int, minute: int = 0, second: int = 0) -> int:

@@ -56,3 +56,11 @@ def test_every_kind_of_white_space_and_control_is_suspect():
 
 def test_halves_of_surrogate_pairs_are_replaced():
     assert without_surrogates("a\ud83db 😀") == "a?b 😀"
+
+
+def test_whole_surrogate_pairs_are_characters():
+    assert without_surrogates("a\ud83d\ude00b") == "a😀b"
+
+
+def test_text_that_was_escaped_very_often_is_resolved_at_once():
+    assert clean("&" + "amp;" * 100_000 + "lt;b&gt;c") == "c"

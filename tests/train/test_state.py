@@ -1,6 +1,7 @@
 """An abstract state is the state's shapes and places; tables that cannot fit are refused with the numbers."""
 
 import jax
+import numpy as np
 import optax
 import pytest
 
@@ -9,9 +10,9 @@ from dynrec_jax.models.model import make_bstm
 from dynrec_jax.parallel import mesh as meshes
 from dynrec_jax.parallel.rows import lazy_adam, rowwise_adagrad
 from dynrec_jax.train import loop
-from dynrec_jax.train.state import abstract_state, check_tables, init_state, table_bytes
+from dynrec_jax.train.state import Given, abstract_state, check_tables, fresh_state, init_state, table_bytes
 
-from .. import tiny
+from .. import described, tiny
 
 ITEMS = 300  # 512 rows of 8 float32 numbers
 
@@ -52,8 +53,26 @@ def test_a_table_that_cannot_fit_is_refused_with_the_numbers(monkeypatch: pytest
         check_tables(state, ITEMS, mesh, needed - 1)
     loop.check_fits(tiny.config(), ITEMS, mesh)
     monkeypatch.setattr(loop, "device_memory", lambda: 1000)
-    with pytest.raises(ConfigError, match="on each of 2 devices"):
-        loop.check_fits(tiny.config(), ITEMS, mesh)
+    others = [{"item__fusion": each, "item__attributes": ("a",)} for each in ("both", "ensemble")]
+    for changes in ({}, *others):
+        with pytest.raises(ConfigError, match="on each of 2 devices"):
+            loop.check_fits(tiny.config(**changes), ITEMS, mesh)
+    loop.check_fits(tiny.config(item__fusion="text", item__attributes=("a",)), ITEMS, mesh)  # no table of ids
+
+
+def test_words_that_no_seen_item_has_start_as_zeros():
+    config, mesh = tiny.config(item__fusion="ensemble", item__attributes=("a",)), tiny.mesh(2, 1, 1)
+    tower = described.attribute_tower(ITEMS)
+    arguments = make_bstm(config, ITEMS, [tower]), optax.adam(1e-3), lazy_adam(), mesh
+    unused = np.arange(201) % 3 == 0
+    _, shardings = abstract_state(*arguments)
+    given = Given(unused={tower.name: {"embedding": unused}})
+    made = fresh_state(*arguments, 0, shardings, given)
+    plain = fresh_state(*arguments, 0, shardings)
+    table = made.params["text"]["item"][tower.name]["embedding"]
+    np.testing.assert_array_equal(np.any(np.asarray(table) != 0, axis=1), ~unused)
+    same = jax.tree.map(lambda x, y: np.array_equal(x, y), made.params, plain.params)
+    assert sum(not each for each in jax.tree.leaves(same)) == 1
 
 
 def test_simulated_devices_share_the_memory_of_the_machine():

@@ -50,7 +50,7 @@ def record(path: Path, line: int, text: str) -> dict[str, Any]:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         row = python_literal(text)
-        if row is None:
+        if row is None or not is_plain(row):
             raise DataError(f"{path}:{line}: not JSON ({error}); expected an object a line") from None
     if not isinstance(row, dict):
         raise DataError(f"{path}:{line}: {type(row).__name__}; expected an object a line")
@@ -65,6 +65,15 @@ def python_literal(text: str) -> Any:
             return ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return None
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is what JSON has too; a set, such as `{'a', 'b'}`, has no order that stays."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(each) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def first_record(path: Path) -> dict[str, Any]:
@@ -100,7 +109,8 @@ def identifier(path: Path, line: int, name: str, value: Any) -> str | None:
 def read_meta(con: Backend, path: Path, table: str) -> ir.Table:
     """Reads a meta file into a table of the engine: item_id, the columns of KINDS, and the line as the place.
 
-    `brand` is the store where there is no brand; `description` joins a list's parts; `categories` are the names of all
+    `brand` is the store where there is no brand; `description` joins a list's parts, and is the list of features where
+    there is none; `categories` are the names of all
     paths, each once.
 
     Raises:
@@ -132,8 +142,8 @@ def described(path: Path, line: int, row: dict[str, Any]) -> tuple[Any, ...]:
     if not item:
         raise DataError(f"{path}:{line}: no {' or '.join(PRODUCTS)}; expected a product's id in every row")
     title = value_text(row.get("title"))
-    brand = value_text(row.get("brand")) or value_text(row.get("store"))
-    description = " ".join(words(row.get("description")))
+    brand = clean(value_text(row.get("brand")) or "") or value_text(row.get("store"))
+    description = " ".join(words(row.get("description")) or words(row.get("features") or row.get("feature")))
     names = map(clean, words(row.get("categories") or row.get("category")))
     return item, None if title and PROGRAM in title else title, brand, description, set_of(list(names))
 

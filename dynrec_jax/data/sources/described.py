@@ -14,7 +14,7 @@ from ibis.backends.duckdb import Backend
 from dynrec_jax.data.arrow import numbers, to_arrow
 from dynrec_jax.data.engine import load
 from dynrec_jax.data.kinds import ARROW, PLACE, TEXT
-from dynrec_jax.data.sources.text import clean_column
+from dynrec_jax.data.sources.text import SPACES, clean_column
 from dynrec_jax.errors import DataError
 
 ID = "item_id"
@@ -67,7 +67,7 @@ def numbered(batches: Iterable[list[pa.Array]]) -> Iterator[tuple[list[pa.Array]
 def set_of(value: list[Any] | str | int | None) -> list[str] | None:
     """Ids of a set as strings, each once, in their order; None where there is none. A value alone is a set of one."""
     values = value if isinstance(value, list) else [value]
-    found = dict.fromkeys(str(each) for each in values if each is not None)
+    found = dict.fromkeys(SPACES.sub(" ", str(each)).strip() for each in values if each is not None)
     found.pop("", None)
     return list(found) or None
 

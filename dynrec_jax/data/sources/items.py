@@ -8,8 +8,9 @@ movies.dat are read as their sources read them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ibis.expr.types as ir
@@ -35,15 +36,19 @@ from dynrec_jax.data.sources.tabular import (
 from dynrec_jax.errors import DataError
 
 TABLE = "raw_items_file"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
-def read_items(con: Backend, path: Path, wanted: tuple[str, ...]) -> tuple[ir.Table, list[str]]:
+def read_items(
+    con: Backend, path: Path, wanted: tuple[str, ...] | None, kinds: Mapping[str, str] = NOTHING
+) -> tuple[ir.Table, list[str]]:
     """Reads a file that describes items; gives item_id, place and the kept columns, and those columns' names.
 
     Args:
       con: The engine.
       path: The file.
-      wanted: Columns to keep; empty keeps all.
+      wanted: Columns to keep; None keeps all.
+      kinds: What columns of these names are elsewhere: values of JSON that may be of that kind are.
 
     Raises:
       DataError: No such file or no row, no column `item_id` or none of a name in `wanted`; a row without an id; a
@@ -60,7 +65,7 @@ def read_items(con: Backend, path: Path, wanted: tuple[str, ...]) -> tuple[ir.Ta
     if amazon_items.is_meta(path):
         columns = chosen_columns(str(path), list(amazon_items.KINDS), wanted)
         return amazon_items.read_meta(con, path, TABLE), columns
-    return read_json(con, path, wanted)
+    return read_json(con, path, wanted, kinds)
 
 
 def columns_in(path: Path) -> list[str]:
@@ -81,12 +86,14 @@ def columns_in(path: Path) -> list[str]:
     return list(json_items.columns_of(json_items.open_json(path)))
 
 
-def keep(path: Path, found: list[str], wanted: tuple[str, ...]) -> list[str]:
+def keep(path: Path, found: list[str], wanted: tuple[str, ...] | None) -> list[str]:
     """Columns to keep; DataError where the id or one that is wanted is not there."""
     if ID not in found:
         raise DataError(f"{path}: no column {ID!r}; found {', '.join(found)}")
     if twice := [
-        name for name in found if found.count(name) > 1 and (name == ID or not wanted or name in wanted)
+        name
+        for name in found
+        if found.count(name) > 1 and (name == ID or (wanted is None and name) or name in (wanted or ()))
     ]:
         raise DataError(f"{path}: {found.count(twice[0])} columns are named {twice[0]!r}; expected one")
     return chosen_columns(str(path), found, wanted)
@@ -106,7 +113,7 @@ def refuse_without_id(ids: pa.Array, where: Callable[[int], str]) -> None:
             raise DataError(f"{where(index)}: no {ID}; expected one in every row")
 
 
-def read_csv(con: Backend, path: Path, wanted: tuple[str, ...]) -> tuple[ir.Table, list[str]]:
+def read_csv(con: Backend, path: Path, wanted: tuple[str, ...] | None) -> tuple[ir.Table, list[str]]:
     """Reads CSV; every value stays the text that it is."""
     columns = keep(path, csv_header(path), wanted)
 
@@ -120,15 +127,18 @@ def read_csv(con: Backend, path: Path, wanted: tuple[str, ...]) -> tuple[ir.Tabl
     return placed(con, path, dict.fromkeys(columns, TEXT), batches())
 
 
-def read_json(con: Backend, path: Path, wanted: tuple[str, ...]) -> tuple[ir.Table, list[str]]:
+def read_json(
+    con: Backend, path: Path, wanted: tuple[str, ...] | None, known: Mapping[str, str] = NOTHING
+) -> tuple[ir.Table, list[str]]:
     """Reads JSON; a key that an object lacks is null."""
     items = json_items.open_json(path)
     found = json_items.columns_of(items)
-    kinds = {name: json_items.kind_of(items, name, found[name]) for name in keep(path, list(found), wanted)}
+    kept = keep(path, list(found), wanted)
+    kinds = {name: json_items.kind_of(items, name, found[name], known.get(name)) for name in kept}
     return placed(con, path, kinds, json_items.arrays(items, kinds))
 
 
-def read_parquet(con: Backend, path: Path, wanted: tuple[str, ...]) -> tuple[ir.Table, list[str]]:
+def read_parquet(con: Backend, path: Path, wanted: tuple[str, ...] | None) -> tuple[ir.Table, list[str]]:
     """Reads Parquet; numbers become their text."""
     schema = parquet_schema(path)
     columns = keep(path, schema.names, wanted)

@@ -114,7 +114,8 @@ def json_object(path: Path, line: int, text: str) -> dict[str, Any]:
 
 def whole_characters(row: Any, text: str) -> Any:
     """What was read from a text, without halves of surrogate pairs, which only an escape can be."""
-    if "\\ud" not in text and "\\uD" not in text:
+    lower = text.lower()
+    if "\\ud" not in lower and "\\u0000d" not in lower:
         return row
     return json.loads(without_surrogates(json.dumps(row, ensure_ascii=False, default=str)))
 
@@ -140,7 +141,7 @@ def columns_of(items: JsonItems) -> dict[str, dict[str, int]]:
 
 def sort_of(value: Any) -> str | None:
     """What a value may be; None where it is empty."""
-    if value is None or value == "" or value == []:
+    if value is None or value == "" or value == [] or is_no_number(value):
         return None
     if not isinstance(value, list):
         return WORD if type(value) in (str, int) else OTHER
@@ -154,8 +155,10 @@ def sort_of(value: Any) -> str | None:
     return WORDS if types <= {str, int} else OTHER
 
 
-def kind_of(items: JsonItems, name: str, sorts: dict[str, int]) -> str:
-    """A column's kind; DataError where values of two kinds are in it."""
+def kind_of(items: JsonItems, name: str, sorts: dict[str, int], known: str | None = None) -> str:
+    """A column's kind, the known one where its values fit; DataError where values of two kinds are in it."""
+    if known is not None and known in FITS and sorts.keys() <= FITS[known]:
+        return known
     if REAL in sorts:
         kind, sure = VECTOR, REAL
     elif WORDS in sorts or WHOLE in sorts:
@@ -216,10 +219,17 @@ def rounded_float(number: float | None) -> float | None:
         return math.inf
 
 
+def is_no_number(value: Any) -> bool:
+    """Whether a value is NaN or infinite, as programs write what is not there."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def value_text(value: Any) -> str | None:
     """A value of JSON as text: lists joined by commas, objects as JSON."""
     if value is None or isinstance(value, str):
         return value
+    if is_no_number(value):
+        return None
     if isinstance(value, list):
         return ", ".join(text for text in map(value_text, value) if text)
     return json.dumps(value, ensure_ascii=False, default=str)

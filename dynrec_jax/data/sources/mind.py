@@ -5,11 +5,12 @@ and what the user had clicked before the log began. Clicks become events of type
 out. The clicks before the log have an order but no times: they are events of type `history` at the time of the user's
 first impression, ahead of it. So no time is invented, no event passes a cut in time that its user's first impression
 does not, and a model can tell by the type which times are not their own. Later lines repeat the history: it is taken
-from the user's first line, by time, alone.
+from the user's first line, by time, alone. What was clicked several times before the log counts once.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from dynrec_jax.data.sources.lines import field_blocks, require_file
 from dynrec_jax.data.sources.source import Job, Source, finish, raw_schema
 from dynrec_jax.errors import DataError
 
+TEST = re.compile(r"(^|[^a-z])test$")  # MINDlarge_test, and not `latest`
 BEHAVIORS, NEWS = "behaviors.tsv", "news.tsv"
 BEHAVIOR_FIELDS, NEWS_FIELDS = 5, 8
 TIME_FORMAT = "%m/%d/%Y %I:%M:%S %p"
@@ -77,7 +79,7 @@ def parts(folder: Path) -> list[Path]:
     if (folder / BEHAVIORS).is_file():
         return [folder]
     inner = [path.parent for path in sorted(folder.glob(f"*/{BEHAVIORS}"))]
-    logs = [path for path in inner if not path.name.lower().endswith("test")]
+    logs = [path for path in inner if not TEST.search(path.name.lower())]
     if not logs:
         raise DataError(
             f"{folder}: no {BEHAVIORS}, neither in it nor in its folders; expected MIND as unpacked"

@@ -22,6 +22,6 @@ def read(job: Job) -> Source:
     folder = job.folder / "synthetic"
     folder.mkdir()
     synthetic.write_log(spec, folder)
-    items, _ = read_items(job.con, folder / "items.csv", ())
+    items, _ = read_items(job.con, folder / "items.csv", None)
     name = f"synthetic:{job.path}" if job.path else "synthetic"
     return read_files(job, [folder / "events.csv"], name, DEFAULTS, items)

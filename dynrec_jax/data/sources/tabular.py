@@ -18,6 +18,7 @@ from dynrec_jax.errors import DataError
 BLOCK = 16 << 20
 ROWS = 1 << 17
 PARQUET_MAGIC = b"PAR1"
+csv.field_size_limit(2**31 - 1)  # descriptions are longer than Python's 131,072 characters
 
 
 def is_parquet(path: Path) -> bool:
@@ -38,7 +39,10 @@ def csv_header(path: Path) -> list[str]:
     """Names of a CSV file's columns; DataError where it is packed."""
     if is_gzip(path):
         raise DataError(f"{path}: is packed with gzip; expected plain CSV, unpack it first")
-    return next(csv.reader([first_text_line(path)], delimiter=csv_delimiter(path)), [])
+    try:
+        return next(csv.reader([first_text_line(path)], delimiter=csv_delimiter(path)), [])
+    except csv.Error as error:
+        raise DataError(f"{path}:1: {error}; expected CSV with lines that end in LF or CR LF") from None
 
 
 def csv_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:

@@ -10,6 +10,8 @@ SPACE = r"\x00-\x20\x7f-\xa0\x{1680}\x{2000}-\x{200b}\x{2028}\x{2029}\x{202f}\x{
 # What may have to be mended, for the engine that looks at whole columns (RE2); all else is clean already.
 SUSPECT = rf"[&<]|^ | $|  |[{SPACE.replace('x20', 'x1f')}]"
 SPACES = re.compile("[" + re.sub(r"\\x\{(\w+)\}", r"\\u\1", SPACE) + "]+")
+PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+AMPERSANDS = re.compile("&(?:amp;)+")
 # With its semicolon: without, `a=1&copy=2` would lose a word.
 ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 # Only names of HTML make a tag, and only `name=value` or a few bare words an attribute: `x < 5 and y > 3`,
@@ -42,6 +44,7 @@ def clean(text: str) -> str:
     Entities that were escaped twice (`&amp;quot;`) are resolved to the end. Tags that begin or end a block become a
     space, all others nothing; scripts and styles go with what is in them.
     """
+    text = AMPERSANDS.sub("&", text)  # at once: one level a turn would take as long as the text is, squared
     while (resolved := ENTITY.sub(lambda found: html.unescape(found[0]), text)) != text:
         text = resolved
     if "<" in text:
@@ -62,5 +65,6 @@ def clean_column(texts: pa.Array) -> pa.Array:
 
 
 def without_surrogates(text: str) -> str:
-    """Text whose halves of surrogate pairs, which are no characters and cannot be stored, are question marks."""
-    return text.encode("utf-8", "replace").decode()
+    """Text whose surrogate pairs are characters, and whose halves of such, which cannot be stored, question marks."""
+    whole = PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
+    return whole.encode("utf-8", "replace").decode()

@@ -62,8 +62,8 @@ def read_triples(con: Backend, path: Path) -> ir.Table:
 
 
 def role(name: str) -> str:
-    """`head_id:token` as `head`."""
-    return name.partition(":")[0].removesuffix("_id")
+    """`head_id:token` as `head`, in letters of any case."""
+    return name.partition(":")[0].strip().lower().removesuffix("_id")
 
 
 def places(path: Path, found: list[str]) -> list[int]:
@@ -79,7 +79,7 @@ def places(path: Path, found: list[str]) -> list[int]:
 def tab_triples(path: Path) -> Batches:
     """Fields between tabs, in which quotes are letters like any other."""
     first = first_text_line(path).split("\t")
-    is_header = any(name in COLUMNS or (":" in name and role(name) in COLUMNS) for name in first)
+    is_header = sum(role(name) in COLUMNS for name in first) > 1 or any(name in COLUMNS for name in first)
     if not is_header and len(first) != len(COLUMNS):
         raise DataError(f"{path}:1: {len(first)} fields; expected 3, or a header with head, relation, tail")
     chosen = places(path, first) if is_header else list(range(len(COLUMNS)))

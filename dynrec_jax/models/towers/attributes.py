@@ -1,4 +1,7 @@
-"""Towers of attribute sets: brands, categories, genres. An item's vector is the mean of its attributes'."""
+"""Towers of attribute sets: brands, categories, genres.
+
+An item's vector is the sum of its attributes', over the root of their number.
+"""
 
 import functools
 from collections import Counter
@@ -7,12 +10,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pyarrow as pa
 from flax import linen as nn
 
 from dynrec_jax.errors import ConfigError
-from dynrec_jax.models.towers.tower import Described, Job, Tower, Values, parameter_name
+from dynrec_jax.models.towers.tower import (
+    Described,
+    Job,
+    Tower,
+    Values,
+    looked_up,
+    parameter_name,
+    summed,
+)
 
 Array = jax.Array
 MOST = 32  # attributes of an item that are looked at: the first ones
@@ -20,7 +32,7 @@ FEWEST_ITEMS = 2  # an attribute of one item alone says no more than its id
 
 
 class AttributeTower(nn.Module):
-    """The mean of the embeddings of an item's attributes.
+    """The sum of the embeddings of an item's attributes, over the root of their number.
 
     Attributes:
       source: name of the attributes in what is looked up, int32[..., A], from 1; 0 is none.
@@ -36,14 +48,21 @@ class AttributeTower(nn.Module):
 
     @nn.compact
     def __call__(self, described: Described) -> tuple[Array, Array]:
-        ids = described[self.source]
         init = nn.with_logical_partitioning(nn.initializers.normal(self.dim**-0.5), (None, "embed"))
         table_VxD = self.param("embedding", init, (self.size + 1, self.dim), jnp.float32)
-        there = (ids > 0)[..., None]
-        count = there.sum(axis=-2)
-        total = jnp.where(there, jnp.take(table_VxD, ids, axis=0, mode="clip"), 0.0).sum(axis=-2)
+        total, count = summed(functools.partial(looked_up, table_VxD), described[self.source])
         # A sum of independent vectors grows with the root of their number.
         return total * jax.lax.rsqrt(jnp.maximum(count, 1).astype(jnp.float32)), count > 0
+
+
+def columns(config: ml_collections.ConfigDict) -> set[str]:
+    """The columns of sets that a config names."""
+    return {name.partition(":")[0] for name in config.item.attributes}
+
+
+def check(job: Job) -> None:
+    """Raises ConfigError; see `read`."""
+    list(read(job))
 
 
 def read(job: Job) -> Iterator[Tower]:
@@ -58,6 +77,11 @@ def read(job: Job) -> Iterator[Tower]:
             there = ", ".join(job.dataset.items_table().column_names[2:]) or "none"
             raise ConfigError(
                 f"config.item.attributes: {job.dataset.path} has no item column {name!r}; found {there}"
+            )
+        found_type = job.dataset.items_table().schema.field(name).type
+        if pa.types.is_list(found_type) and pa.types.is_floating(found_type.value_type):
+            raise ConfigError(
+                f"config.item.attributes: item column {name!r} holds vectors; name it in item.vectors"
             )
         sets = sets_of(job.dataset.items_table(), name, separator)
         counts = Counter(value for each in sets for value in each)
@@ -81,7 +105,12 @@ def read(job: Job) -> Iterator[Tower]:
             row[: len(each)] = each
         source = f"attributes:{name}"
         made = functools.partial(AttributeTower, source, len(words))
-        yield Tower(parameter_name("attributes", position, name), made, {source: Values(values)})
+        yield Tower(
+            parameter_name("attributes", position, name),
+            made,
+            {source: Values(values)},
+            words={"embedding": (len(words) + 1, values)},
+        )
 
 
 def sets_of(items: pa.Table, name: str, separator: str) -> list[tuple[str, ...]]:

@@ -139,7 +139,12 @@ def text_source(job: Job) -> TextSource:
     return TextSource(TextEncoder(module, item.text_pooling), ids, lengths, weights)
 
 
-def check_text(job: Job) -> None:
+def columns(config: ml_collections.ConfigDict) -> set[str]:
+    """The text columns that a config names."""
+    return set(config.item.text)
+
+
+def check(job: Job) -> None:
     """Raises ConfigError or DataError for all that can be wrong with text, before work starts."""
     config, item = job.config, job.config.item
     if not item.text:
@@ -150,6 +155,10 @@ def check_text(job: Job) -> None:
             "columns"
         )
     if not item.bert:
+        if item.text_from > item.text_layers:
+            raise ConfigError(
+                f"config.item.text_from: {item.text_from}; expected {item.text_layers} (item.text_layers) at most"
+            )
         return
     folder = _folder(job)
     bert = read_config(folder)
@@ -175,15 +184,21 @@ def check_text_mesh(job: Job, mesh: Mesh) -> None:
     if not tunes_text(job.config):
         return
     item = job.config.item
-    heads, width = item.text_heads, item.text_dim
+    heads, width, hidden, where = item.text_heads, item.text_dim, 4 * item.text_dim, "the BERT to be made"
     if item.bert:
         bert = read_config(_folder(job))
-        heads, width = bert.num_attention_heads, bert.hidden_size
+        heads, width, hidden, where = (
+            bert.num_attention_heads,
+            bert.hidden_size,
+            bert.intermediate_size,
+            item.bert,
+        )
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    if heads % tensor:
-        raise ConfigError(f"config.mesh.tensor: {tensor} does not divide the {heads} heads of item.bert")
+    for name, number in (("heads", heads), ("hidden units", hidden)):
+        if number % tensor:
+            raise ConfigError(f"config.mesh.tensor: {tensor} does not divide the {number} {name} of {where}")
     if width % fsdp:
-        raise ConfigError(f"config.mesh.fsdp: {fsdp} does not divide the width of item.bert, {width}")
+        raise ConfigError(f"config.mesh.fsdp: {fsdp} does not divide the width of {where}, {width}")
 
 
 def keep_text_model(config: ml_collections.ConfigDict, dataset: Dataset, run_folder: Path) -> None:

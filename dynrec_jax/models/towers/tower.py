@@ -1,7 +1,8 @@
 """What a tower is: one kind of thing that is known of an item, read from the dataset and made a vector.
 
-A kind is one module with a function `read(job)`, listed in `kinds.KINDS`. It gives, for each tower, a linen module
-and what the devices hold of every item. The step looks up what it needs of that, by item, and calls the module with it.
+A kind is one module with the functions of `Kind`, listed in `kinds.KINDS`; its keys are in `config.default_config`. It
+gives, for each tower, a linen module and what the devices hold of every item. The step looks up what it needs of that,
+by item, and calls the module with it.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pyarrow as pa
@@ -100,9 +102,41 @@ def centred(array: np.ndarray, known: np.ndarray) -> Values:
 
     Up to 100,000 of them, evenly spread, stand for all; a row of zeros is no vector.
     """
-    some = np.asarray(known[:: max(len(known) // 100_000, 1)])
+    some = np.asarray(known[:: max(-(-len(known) // 100_000), 1)])
     some = some[some.any(axis=1)]
     return Values(array, some.mean(axis=0) if len(some) else np.zeros(known.shape[1], known.dtype))
+
+
+def summed(vector: Callable[..., tuple[Array, Array]], *slots: Array) -> tuple[Array, Array]:
+    """The sum over an item's slots, and the number of those that hold something, `[..., D]` and int32[..., 1].
+
+    One slot after the other, forward and back: an array items x slots x D of a whole catalogue would be many tables.
+
+    Args:
+      vector: of what a slot holds, [...] -> [..., D], zeros where there is nothing, and whether there is, [..., 1].
+      slots: [..., A] each.
+    """
+
+    def of(*each: Array) -> tuple[Array, Array]:
+        v, there = vector(*each)
+        return v, there.astype(jnp.int32)
+
+    def add(sums: tuple[Array, Array], each: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+        return jax.tree.map(jnp.add, sums, of(*each)), None
+
+    by_slot = tuple(jnp.moveaxis(x, -1, 0) for x in slots)
+    first = of(*(x[0] for x in by_slot))
+    sums, _ = jax.lax.scan(jax.checkpoint(add), first, tuple(x[1:] for x in by_slot))
+    return sums
+
+
+def looked_up(table_VxD: Array, ids: Array) -> tuple[Array, Array]:
+    """Rows of a vocabulary, `[..., D]`, and whether they say anything, `[..., 1]`; 0 is no word.
+
+    Words of items that training never sees have rows of zeros (`Tower.unused`), which stay so: they say nothing.
+    """
+    v = jnp.where((ids > 0)[..., None], jnp.take(table_VxD, ids, axis=0, mode="clip"), 0.0)
+    return v, jnp.any(v != 0, axis=-1, keepdims=True)
 
 
 Maker = Callable[[int, Any], Any]  # (D, dtype of products) -> a `Module`
@@ -116,12 +150,22 @@ class Tower(NamedTuple):
       make: makes its module.
       values: what is known of the items, by name.
       made: name, width and type of what a run makes of the items itself, and makes anew.
+      words: of parameters that are vocabularies: their rows, and the numbers of each item's words, [N, A].
     """
 
     name: str
     make: Maker
     values: dict[str, Values]
     made: tuple[tuple[str, int, str], ...] = ()
+    words: dict[str, tuple[int, np.ndarray]] = {}  # noqa: RUF012 # never changed
+
+    def unused(self, seen_N: np.ndarray) -> dict[str, np.ndarray]:
+        """Of each vocabulary, bool[V]: the rows that no item has which training sees; those must not be random."""
+        found = {}
+        for name, (rows, words_NxA) in self.words.items():
+            found[name] = np.ones(rows, bool)
+            found[name][words_NxA[seen_N]] = False
+        return found
 
     def followed_by(self, other: "Tower") -> "Tower":
         """The tower with the items of another, of the same kind, behind its own."""
@@ -137,6 +181,14 @@ class Tower(NamedTuple):
 
 class Kind(Protocol):
     """A module of this package that reads towers."""
+
+    def columns(self, config: ml_collections.ConfigDict) -> set[str]:
+        """The item columns that a config's towers of this kind read."""
+        ...
+
+    def check(self, job: Job) -> None:
+        """Raises ConfigError or DataError where the towers cannot be read, without long work."""
+        ...
 
     def read(self, job: Job) -> Iterator[Tower]:
         """The towers of this kind that the config asks for."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pyarrow as pa
 from flax import linen as nn
@@ -40,16 +41,31 @@ class VectorTower(nn.Module):
         return jnp.where(present, v * self.dim**-0.5, 0.0), present
 
 
+def columns(config: ml_collections.ConfigDict) -> set[str]:
+    """The columns of vectors that a config names."""
+    return set(config.item.vectors)
+
+
+def check(job: Job) -> None:
+    """Raises ConfigError or DataError; see `read`."""
+    list(read(job))
+
+
 def read(job: Job) -> Iterator[Tower]:
     """A tower for each column that the config names.
 
     Raises:
-      ConfigError: there is no such column, or it holds no vectors.
+      ConfigError: there is no such column, or it holds no vectors, or such of one number.
       DataError: new items' vectors have another length than the dataset's.
     """
     for number, name in enumerate(job.config.item.vectors):
         known = column(job.dataset.items_table(), name, job)
         size = known.shape[1]
+        if size < 2:
+            raise ConfigError(
+                f"config.item.vectors: item column {name!r} holds {'one number' if size else 'nothing'} an item; "
+                "expected vectors of two numbers and more, for it is their direction that tells"
+            )
         values = known
         if job.new:
             values = column(job.items, name, job) if name in job.items.column_names else known[:0]

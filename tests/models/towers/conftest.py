@@ -11,14 +11,14 @@ from dynrec_jax.models.towers.tower import Job
 
 from ... import described, tiny
 
-# Items come in the order of their ids: a, b, … f are the items 1 … 6. e and f have nothing.
+# Items come in the order of their ids: a, b, … f are the items 1 … 6. e and f have nothing that tells.
 ITEMS: list[dict[str, Any]] = [
     {"item_id": "a", "title": "red lamp", "more": "of glass", "genres": "x, y", "tags": ["s", "t"], "v": [1.0, 2.0]},
     {"item_id": "b", "title": "blue lamp", "genres": "y ,z,y", "tags": ["t"], "v": [3.0, 0.0]},
     {"item_id": "c", "title": "red chair", "more": "of wood", "genres": "x,", "v": [-1.0, 1.0]},
     {"item_id": "d", "more": "blue glass", "genres": "x, y", "tags": ["s", "u"], "numbers": [1, 2]},
     {"item_id": "e", "v": [0.0, 0.0]},
-    {"item_id": "f"},
+    {"item_id": "f", "one": [1.5]},
 ]  # fmt: skip
 LOG = ["u1 a b c d e f", "u2 f e d c", "u3 a c e"]
 # red and lamp have two neighbours each, glass one; d is related to a.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -54,6 +55,39 @@ def test_new_items_have_the_datasets_numbers_and_none_of_their_own(job, shop):
     assert values(job(new, item__attributes=("genres:,",))) == [[2], [], []]
     assert tower.shapes == read(job(item__attributes=("genres:,",))).shapes
     assert values(job(new.drop_columns("genres"), item__attributes=("genres:,",))) == [[], [], []]
+
+
+def test_words_of_items_that_training_does_not_see_are_unused(job):
+    """x is number 1, in a, c and d; y is 2, in a, b and d."""
+    tower = read(job(item__attributes=("genres:,",)))
+
+    def unused(unseen: str) -> list[bool]:
+        return tower.unused(np.array([item not in unseen for item in "abcdef"]))["embedding"].tolist()[1:]
+
+    assert unused("") == [False, False]
+    assert unused("ad") == [False, False]
+    assert unused("acd") == [True, False]
+    assert unused("abd") == [False, True]
+
+
+def test_a_word_without_a_vector_says_nothing():
+    module = attributes.AttributeTower("a", 2, 2, jnp.float32)
+    table = jnp.array([[9.0, 9.0], [1.0, 2.0], [0.0, 0.0]])
+    v, there = module.apply({"params": {"embedding": table}}, {"a": jnp.array([[1, 2], [2, 0]])})
+    np.testing.assert_allclose(v, [[1, 2], [0, 0]], rtol=1e-6)
+    assert there[:, 0].tolist() == [True, False]
+
+
+def test_nothing_of_items_times_attributes_times_width_is_held():
+    items, most, dim = 4096, 32, 16
+    module = attributes.AttributeTower("a", 50, dim, jnp.float32)
+    params = {"embedding": jnp.ones((51, dim))}
+
+    def loss(params: Any, ids: Any) -> Any:
+        return jnp.sum(module.apply({"params": params}, {"a": ids})[0] ** 2)
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, jnp.ones((items, most), jnp.int32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * items * dim * 4  # and not 32 times and more
 
 
 def test_the_first_ones_are_looked_at(job, monkeypatch):

@@ -7,14 +7,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from dynrec_jax.config import default_config
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.models.towers import triples
 from dynrec_jax.models.towers.kinds import read_towers
+from dynrec_jax.models.towers.tower import Job
 
 from ... import described
 
-# Every word that something is related to, in both directions: all heads and tails, in order.
-WORDS = ["a", "b", "c", "d", "glass", "lamp", "red"]
+# What an item is related to, and something else too: glass and d know a alone, c nobody but red.
+WORDS = ["a", "b", "lamp", "red"]
 KINDS = ["+colour", "+kind", "+like", "+made", "-colour", "-kind", "-like", "-made"]
 
 
@@ -34,7 +36,7 @@ def test_neighbours_in_both_directions_the_rare_ones_first(job):
     tower = read(job(item__triples=True))
     module = tower.make(4, jnp.float32)
     assert (module.entities, module.relations) == (len(WORDS), len(KINDS))
-    assert tower.shapes == (("triples", 2 * triples.MOST, "int32"),)
+    assert tower.shapes == (("triples", 2 * 3, "int32"),)
     assert neighbours(tower) == [
         [("-like", "b"), ("+kind", "lamp"), ("+colour", "red")],  # glass and d are related to a alone
         [("+kind", "lamp"), ("+like", "a")],
@@ -66,6 +68,30 @@ def test_a_dataset_without_a_graph_is_refused(tmp_path, job):
         ConfigError, match=r"config\.item\.triples: .* has no triples; prepare it with --triples"
     ):
         read(asked.__class__(asked.config, bare, bare.items_table()))
+
+
+def test_words_of_items_that_training_does_not_see_are_unused(job):
+    """Seen through a alone is b; through a and b, lamp; the rest of d's and c's."""
+    tower = read(job(item__triples=True))
+
+    def unused(*unseen: str) -> list[str]:
+        rows = tower.unused(np.array([item not in unseen for item in "abcdef"]))["entity"]
+        return [word for word, none in zip(WORDS, rows[1:], strict=True) if none]
+
+    assert unused() == []
+    assert unused("a") == ["b"]
+    assert unused("a", "b") == ["b", "lamp"]
+    assert unused("a", "c", "b", "d") == WORDS
+
+
+def test_a_graph_in_which_nothing_is_shared_is_refused(tmp_path):
+    log = ["u a b c", "v c b a"]
+    rows = [{"item_id": item, "title": item} for item in "abc"]
+    alone = described.dataset(tmp_path / "alone", log, rows, "a\tis\tred\nb\tis\tblue\n")
+    config = default_config()
+    config.item.triples = True
+    with pytest.raises(ConfigError, match=r"config\.item\.triples: nothing in the triples .* leave them out"):
+        read(Job(config, alone, alone.items_table()))
 
 
 def test_the_vector_is_the_sum_of_neighbours_through_their_relations():

@@ -64,6 +64,7 @@ def test_vectors_of_two_lengths_are_refused(job):
         ("title", "item column 'title' is string; expected lists of numbers"),
         ("tags", "item column 'tags' is list"),
         ("numbers", "item column 'numbers' is list"),  # whole numbers are names of things
+        ("one", "item column 'one' holds one number an item; expected vectors of two"),
     ],
 )
 def test_what_holds_no_vectors_is_refused(column, named, job):

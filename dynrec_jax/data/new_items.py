@@ -1,5 +1,6 @@
 """Items that arrived after a dataset was prepared: read as `prepare --items` reads them, in the dataset's columns."""
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +29,8 @@ class NewItems(NamedTuple):
 
     table: pa.Table
     known: int
-    repeated: int = 0
-    bare: int = 0
+    repeated: int
+    bare: int
 
 
 def read_new_items(path: Path, dataset: Dataset, needed: set[str], graph: bool = False) -> NewItems:
@@ -83,9 +84,8 @@ def read_new_items(path: Path, dataset: Dataset, needed: set[str], graph: bool =
                 f"{path}: column {name!r} is {_kind(values.type)}; expected {_kind(kind)}, as the dataset's"
             )
     made = pa.table(arrays, names=own.column_names)
-    bare = 0
-    if columns:
-        bare = sum(all(value is None for value in row.values()) for row in made.select(columns).to_pylist())
+    empty = [pc.is_null(made.column(name)) for name in columns]
+    bare = pc.sum(functools.reduce(pc.and_, empty)).as_py() if empty else 0
     if columns and not graph and bare == made.num_rows:
         raise DataError(
             f"{path}: none of its {bare:,} new items has anything in {', '.join(columns)}; expected what "

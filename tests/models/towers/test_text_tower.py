@@ -1,5 +1,6 @@
 """The text of items: what is read, and vectors of a frozen BERT, which are computed once and kept."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from dynrec_jax.errors import ConfigError, MachineError
 from dynrec_jax.models.bert import from_pretrained, pool
 from dynrec_jax.models.towers import text
 from dynrec_jax.models.towers.tower import Job
+
+from ... import tiny
 
 TEXTS = ["red lamp of glass", "blue lamp", "red chair of wood", "blue glass", "", ""]
 READ: dict[str, Any] = {"item__text": ("title", "more"), "item__text_tokens": 12}
@@ -208,3 +211,24 @@ def test_a_model_from_scratch_has_a_tokenizer_of_the_texts(job, tmp_path):
     # Random weights: only the tower's shape is known yet.
     (tower,) = text.read(Job(made.config, made.dataset, made.items, tmp_path))
     assert (tower.values, tower.shapes) == ({}, (("text", 8, "float32"),))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "part"),
+    [
+        ({"num_attention_heads": 1}, (1, 1, 2), "mesh.tensor: 2 does not divide the 1 heads of"),
+        ({"intermediate_size": 15}, (1, 1, 2), "mesh.tensor: 2 does not divide the 15 hidden units of"),
+        (
+            {"hidden_size": 6, "num_attention_heads": 2},
+            (1, 4, 1),
+            "mesh.fsdp: 4 does not divide the width of",
+        ),
+    ],
+)
+def test_a_bert_that_does_not_divide_over_the_mesh_is_refused(changes, sizes, part, job, bert):
+    config = json.loads((bert / "config.json").read_text())
+    tuned = job(**READ, item__bert=str(bert), item__text_mode="tuned")
+    text.check_text_mesh(tuned, tiny.mesh(1, 1, 2))
+    (bert / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ConfigError, match=f"{part} {bert}"):
+        text.check_text_mesh(tuned, tiny.mesh(*sizes))

@@ -28,3 +28,21 @@ class Batch(NamedTuple):
     segments: Any
     positions: Any
     remaining: Any
+
+
+class History(NamedTuple):
+    """Ends of histories, one to a row, oldest event first, padding on the right.
+
+    What a model does not read is None.
+
+    Attributes:
+      items: int32[B, L], item indices.
+      times: int32[B, L], seconds since the dataset's first event.
+      events: int32[B, L], event types; 0 where an event has none.
+      asked: int32[B], the moment at which what comes next is asked for, in such seconds.
+    """
+
+    items: Any
+    times: Any = None
+    events: Any = None
+    asked: Any = None

@@ -22,10 +22,13 @@ VERBS = {
     "prepare": "raw logs to a dataset folder",
     "train": "train a model, or go on with a run",
     "evaluate": "metrics of a run on the whole catalogue",
+    "compare": "several runs and all baselines in one table, with intervals",
+    "report": "one page about a run: metrics, curves, drift, users' interests",
     "score": "recommendations for users, as Parquet",
     "compile": "will it fit, and how fast: for TPUs or GPUs that need not be there",
 }
-HEAVY = ("train", "evaluate", "score")  # verbs that compute with XLA
+HEAVY = ("train", "evaluate", "compare", "report", "score")  # verbs that compute with XLA
+ALONE = ("prepare", "compile", "compare", "report")  # verbs of one process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +78,7 @@ def _run(arguments: list[str]) -> int:
     if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in arguments[1:]):
         print(_help(verb, module))
         return 0
-    if several() and verb not in HEAVY:
+    if several() and verb in ALONE:
         raise ConfigError(f"{verb} runs in one process, and this is one of several ({COUNT}); start one")
     values = _parse(verb, module, arguments[1:])
     module.run(values)

@@ -6,13 +6,27 @@ is opened.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
+from dynrec_jax.config_checks import (
+    CHOICES,
+    describes_items,
+    flat,
+    flattened,
+    needs_times,
+    plain,
+    tunes_text,
+    validate,
+)
 from dynrec_jax.errors import ConfigError
+
+__all__ = [
+    "CHOICES", "FREE_ON_RESUME", "default_config", "describes_items", "difference", "flat", "from_json", "needs_times",
+    "to_json", "tunes_text", "validate",
+]  # fmt: skip
 
 # Keys that may change between a run and its continuation: they move the work, not the result.
 FREE_ON_RESUME = (
@@ -25,22 +39,6 @@ FREE_ON_RESUME = (
     "train.keep_last",
     "evaluation.batch_size",
 )
-
-CHOICES = {
-    "data.windows": ("last", "random"),
-    "model.name": ("bstm",),
-    "model.block": ("prenorm", "seed"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "block", "products"),
-    "loss.kind": ("full", "sampled", "gbce"),
-    "loss.sampler": ("uniform", "popularity", "in_batch", "mixed"),
-    "mesh.tables": ("slice", "all"),
-    "item.fusion": ("id", "text", "both", "ensemble"),
-    "item.text_mode": ("frozen", "tuned"),
-    "item.text_pooling": ("mean", "cls"),
-    "train.row_optimizer": ("adam", "adagrad"),
-    "evaluation.split": ("leave_one_out", "global_time"),
-}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -56,6 +54,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.items = 0  # a catalogue's size in place of a dataset, for planning without data
     c.data.cache_dir = ""  # memory-mapped copies of the shards; empty: ~/.cache/dynrec_jax
     c.data.prefetch = 4  # batches assembled ahead of the device
+    # Event types that are predicted and asked for, such as ("purchase",); histories keep the others. Empty: all.
+    c.data.target_events = ()
     # Share of the items that no training history has, as if they came later; `evaluate` tells how they are found.
     c.data.cold_items = 0.0
 
@@ -64,11 +64,27 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.dim = 64  # D, of users and of items alike
     c.model.layers = 2
     c.model.heads = 2
-    c.model.block = "prenorm"  # one of models.layers.BLOCKS
+    # One of models.blocks.BLOCKS: "hstu" attends pointwise behind a gate, a "gru" does not attend, and "mean" is what a
+    # model without dynamics would do.
+    c.model.block = "prenorm"
+    # Where an event stands: a learned vector of each of the `data.max_length` positions ("absolute"); attention's bias
+    # by the events between two ("relative"), with which a user's state can be continued forever; or "none".
+    c.model.positions = "absolute"
+    # How time is told, any of: attention's "bias" by the time between events; queries and keys turned by it ("rotary");
+    # clocks' hands added to each event ("sinusoidal").
+    c.model.time = ()
+    c.model.time_buckets = 64  # "bias": kinds of gaps, from a second to 68 years, in equal ratios
+    # Whether the model is told when the next event is asked for: its own time in training and evaluation, that of the
+    # request in scoring.
+    c.model.query_time = False
+    c.model.events = False  # whether the history's event types are told
+    c.model.attention_window = 0  # events that attention looks at in each layer, its own included; 0: all
     c.model.feedforward = 4.0  # hidden width of the feed-forward as a multiple of D
     c.model.dropout = 0.2
     c.model.normalise = False  # unit-length user and item vectors in ABRA
     c.model.temperature = 0.1  # divides ABRA's logits, next to sqrt(d_u + d_v)
+    # Vectors of a user: each target trains the one that scores it highest, and an item's score is that of the best one.
+    c.model.interests = 1
     c.model.hops = 0  # how often ABRA's mixture refines the query
     c.model.forward_weight = 1.0  # of the traversal that predicts the next item
     c.model.backward_weight = 0.5  # of the traversal that predicts the previous item; 0 leaves it out
@@ -118,6 +134,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.block_items = 8192  # catalogue rows that a device scores at a time
     # Positions that are scored at a time: of a slice, one of each device at least ("full"); of a device (the others).
     c.loss.block_positions = 512
+    c.loss.event_weights = ()  # of targets by their event type, such as ("purchase:5", "view:0.2"); others count 1
     c.loss.negatives = 512  # negatives that a batch shares
     # Where negatives come from: all items alike; training counts ("popularity"); events of the batch ("in_batch"); or
     # both, so that items that no batch has are seen too ("mixed").
@@ -155,6 +172,12 @@ def default_config() -> ml_collections.ConfigDict:
     c.evaluation.holdout = (
         0.1  # "global_time": share of the events after the test cut, and again for validation
     )
+    # "global_time": the moments (seconds since 1970) from which validation and test events lie; 0: as `holdout` says.
+    c.evaluation.validation_from = 0
+    c.evaluation.test_from = 0
+    # "global_time": which of a user's events of a period are asked for, each given all before it: the "first", the
+    # "last", "all" one after the other, or one at "random".
+    c.evaluation.targets = "first"
     c.evaluation.filter_seen = True  # items of the history are not recommended
     c.evaluation.ks = (1, 5, 10, 20, 50, 100)
     c.evaluation.metric = "ndcg@10"  # chooses the checkpoint, on validation
@@ -178,124 +201,9 @@ def default_config() -> ml_collections.ConfigDict:
     return c.lock()
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError for a value that is out of range or contradicts another."""
-    for key, choices in CHOICES.items():
-        if _get(config, key) not in choices:
-            raise ConfigError(f"config.{key}: {_get(config, key)!r} is not one of {', '.join(choices)}")
-    _check_numbers(config)
-    _check_items(config)
-    c = config
-    if c.model.dropout == 1.0:
-        raise ConfigError("config.model.dropout: 1.0 would drop everything; expected less than 1")
-    for key in ("model.temperature", "model.feedforward", "train.learning_rate"):
-        if _get(config, key) <= 0:
-            raise ConfigError(f"config.{key}: {_get(config, key)!r}; expected a number greater than 0")
-    if c.train.beta2 == 1.0:
-        raise ConfigError("config.train.beta2: 1.0 would never forget; expected less than 1")
-    if c.model.dim % c.model.heads:
-        raise ConfigError(f"config.model.dim: {c.model.dim} does not divide by model.heads={c.model.heads}")
-    if c.model.forward_weight + c.model.backward_weight == 0:
-        raise ConfigError(
-            "config.model: forward_weight and backward_weight are both 0; nothing would be trained"
-        )
-    if c.model.hops and c.loss.kind != "full":
-        raise ConfigError(
-            "config.model.hops: a refined query needs the whole catalogue; use loss.kind=full, or hops=0"
-        )
-    if c.train.accumulation and c.train.batch_size % c.train.accumulation:
-        raise ConfigError(
-            f"config.train.batch_size: {c.train.batch_size} does not divide by accumulation={c.train.accumulation}"
-        )
-    if not c.evaluation.ks or any(not isinstance(k, int) or k < 1 for k in c.evaluation.ks):
-        raise ConfigError(f"config.evaluation.ks: {tuple(c.evaluation.ks)} must be integers from 1 up")
-    names = [f"{m}@{k}" for k in c.evaluation.ks for m in ("ndcg", "recall", "coverage")] + ["mrr"]
-    if c.evaluation.metric not in names:
-        raise ConfigError(
-            f"config.evaluation.metric: {c.evaluation.metric!r} is not one of {', '.join(names)}"
-        )
-
-
-def _check_numbers(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError for a number that is out of range."""
-    _at_least(
-        config,
-        1,
-        *("data.max_length", "data.prefetch", "model.dim", "model.layers", "model.heads", "loss.block_items"),
-        *("loss.block_positions", "loss.negatives", "train.steps", "train.batch_size"),
-        *("train.checkpoint_every", "train.keep_last", "evaluation.batch_size", "logging.every"),
-    )
-    _at_least(
-        config,
-        0,
-        "train.accumulation",
-        "train.evaluate_every",
-        "train.patience",
-        "train.clip_norm",
-        "train.weight_decay",
-    )
-    _at_least(config, 0, "mesh.slices")
-    _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops")
-    _within(config, 0, 2**32 - 1, "seed")
-    _within(config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2")
-    _within(config, 0.0, 1.0, "loss.uniform_share", "loss.calibration")
-    _within(config, 0.0, 0.9, "data.cold_items", "item.id_dropout", "item.text_dropout")
-    _at_least(config, 0, "loss.alignment", "item.text_from", "item.text_rate")
-    _at_least(config, 8, "item.text_tokens", "item.text_vocabulary")
-    _at_least(config, 1, "item.text_refresh", "item.text_dim", "item.text_layers", "item.text_heads")
-    for key, value in flat(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"config.{key}: {value}; expected a finite number")
-    _within(config, 0.0, 0.5, "evaluation.holdout")
-    _within(config, 0.0, 1.0, "evaluation.recent")
-
-
-def describes_items(config: ml_collections.ConfigDict) -> bool:
-    """Whether items are more than their ids."""
-    return bool(config.item.fusion != "id")
-
-
-def tunes_text(config: ml_collections.ConfigDict) -> bool:
-    """Whether BERT is trained with the rest."""
-    return describes_items(config) and bool(config.item.text) and bool(config.item.text_mode == "tuned")
-
-
-def _check_items(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError where what describes the items contradicts itself."""
-    item = config.item
-    for key in ("text", "attributes", "vectors"):
-        if any(not isinstance(name, str) or not name for name in item[key]):
-            raise ConfigError(f"config.item.{key}: {tuple(item[key])!r}; expected names of item columns")
-    named = [f"item.{key}" for key in ("text", "attributes", "vectors", "triples") if item[key]]
-    if describes_items(config) and not named:
-        raise ConfigError(
-            f"config.item.fusion: {item.fusion!r} needs something that describes the items; set item.text, "
-            "item.attributes, item.vectors or item.triples"
-        )
-    if named and not describes_items(config):
-        raise ConfigError(
-            f"config.{named[0]}: is not looked at with item.fusion=id; use fusion text, both or ensemble"
-        )
-    if item.text and not item.bert and item.text_mode == "frozen":
-        raise ConfigError(
-            "config.item.bert: is empty, and a BERT of random weights says nothing while it is frozen; name a folder, "
-            "or set item.text_mode=tuned"
-        )
-    if item.text_dim % item.text_heads:
-        raise ConfigError(
-            f"config.item.text_dim: {item.text_dim} does not divide by item.text_heads={item.text_heads}"
-        )
-    if config.loss.alignment and item.fusion != "both":
-        raise ConfigError(
-            f"config.loss.alignment: has two vectors to align with item.fusion=both alone, not {item.fusion!r}"
-        )
-    if item.fusion == "ensemble" and config.model.hops:
-        raise ConfigError("config.model.hops: scores of an ensemble are summed and not refined; use hops=0")
-
-
 def to_json(config: ml_collections.ConfigDict) -> str:
     """The config as JSON text with sorted keys."""
-    return json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
+    return json.dumps(plain(config), indent=2, sort_keys=True) + "\n"
 
 
 def from_json(path: Path) -> ml_collections.ConfigDict:
@@ -316,7 +224,7 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
     if not isinstance(stored, dict):
         raise ConfigError(f"{path}: holds a {type(stored).__name__}; expected a JSON object of config keys")
     _fill(config, stored, path, "")
-    if missing := sorted(flat(config).keys() - _flat(stored).keys()):
+    if missing := sorted(flat(config).keys() - flattened(stored).keys()):
         raise ConfigError(f"{path}: has no {', '.join(missing)}; it was written by another version")
     validate(config)
     return config
@@ -332,48 +240,6 @@ def difference(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -
         if before.get(key) != after.get(key):
             lines.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
     return lines
-
-
-def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """All keys with their full names, `{"train.steps": 5000, …}`."""
-    return _flat(_plain(config))
-
-
-def _get(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
-
-
-def _at_least(config: ml_collections.ConfigDict, low: int, *keys: str) -> None:
-    for key in keys:
-        if not _get(config, key) >= low:
-            raise ConfigError(f"config.{key}: {_get(config, key)!r}; expected {low} or more")
-
-
-def _within(config: ml_collections.ConfigDict, low: float, high: float, *keys: str) -> None:
-    for key in keys:
-        value = _get(config, key)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise ConfigError(f"config.{key}: {value!r}; expected a number from {low} to {high}")
-
-
-def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    return {
-        key: _plain(value)
-        if isinstance(value, ml_collections.ConfigDict)
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-        for key, value in config.items()
-    }
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _fill(config: ml_collections.ConfigDict, stored: dict[str, Any], path: Path, prefix: str) -> None:

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dynrec_jax"
 LAYERS: list[set[str]] = [
     {""},  # dynrec_jax itself: its version
     {"errors"},
+    {"config_checks"},
     {"config", "batch", "allocator", "files", "libtpu"},
     {"data", "parallel", "compiled"},
     {"negatives"},

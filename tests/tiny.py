@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
-from dynrec_jax.config import default_config, validate
+from dynrec_jax.config import default_config, flat, validate
 from dynrec_jax.models.bstm import Bstm
 from dynrec_jax.models.model import make_bstm
 from dynrec_jax.parallel.mesh import make_mesh
@@ -37,6 +37,11 @@ SMALL: dict[str, Any] = {
 }
 
 
+# Keys of models that no weight depends on.
+FREE = ("dropout", "temperature", "normalise", "hops", "forward_weight", "backward_weight", "dtype", "remat")
+WITHOUT_WEIGHTS = {f"model.{name}" for name in FREE}
+
+
 def config(**changes: Any) -> ml_collections.ConfigDict:
     """A small config; `changes` are keys with `__` for the dot, as in `model__block="seed"`."""
     c = default_config()
@@ -47,28 +52,35 @@ def config(**changes: Any) -> ml_collections.ConfigDict:
     return c
 
 
-def bstm(items: int, seed: int = 0, **changes: Any) -> tuple[Bstm, Any, Any]:
+def bstm(
+    items: int, seed: int = 0, event_types: tuple[str, ...] = (), **changes: Any
+) -> tuple[Bstm, Any, Any]:
     """A small model with its params and tables."""
     c = config(**changes)
-    m = c.model
-    variables = _variables(items, seed, c.data.max_length, m.dim, m.layers, m.heads, m.block, m.scan_layers)
-    return make_bstm(c, items), variables["params"], variables["tables"]
+    kept = {
+        key: value
+        for key, value in flat(c).items()
+        if key.startswith(("model.", "data.max_length")) and key not in WITHOUT_WEIGHTS
+    }
+    frozen = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in kept.items())
+    variables = _variables(items, seed, event_types, frozen)
+    return make_bstm(c, items, event_types=event_types), variables["params"], variables["tables"]
 
 
 @functools.cache
-def _variables(
-    items: int, seed: int, length: int, dim: int, layers: int, heads: int, block: str, scan_layers: bool
-) -> Any:
+def _variables(items: int, seed: int, event_types: tuple[str, ...], keys: tuple[tuple[str, Any], ...]) -> Any:
     """Fresh variables: they depend on these keys alone, so models that share them compile `init` once."""
-    c = config(
-        data__max_length=length,
-        model__dim=dim,
-        model__layers=layers,
-        model__heads=heads,
-        model__block=block,
-        model__scan_layers=scan_layers,
-    )
-    return nn.meta.unbox(jax.jit(make_bstm(c, items).init)(jax.random.key(seed)))
+    c = config(**{key.replace(".", "__"): value for key, value in keys})
+    model = make_bstm(c, items, event_types=event_types)
+    return nn.meta.unbox(jax.jit(model.init)(jax.random.key(seed)))
+
+
+def shaken(params: Any, seed: int = 0, scale: float = 0.3) -> Any:
+    """The params with noise, those that begin as zeros too."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    noisy = [leaf + rng.normal(0.0, scale, leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    return jax.tree.unflatten(tree, noisy)
 
 
 def batch(rows: Sequence[Row], width: int) -> Batch:

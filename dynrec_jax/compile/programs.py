@@ -135,8 +135,12 @@ def table_program(plan: Plan) -> Program:
 def encode_program(plan: Plan) -> Program:
     """The first half of evaluation's and scoring's batch of lists: histories become vectors."""
     shape = plan.users, plan.config.data.max_length
-    items = _ints(*shape, sharding=sharding(plan.mesh, "batch", None))
-    traced = _recommender(plan).trace_encode(plan.state.params, plan.state.tables[ID_TABLE], items)
+
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return _ints(*shape, sharding=sharding(plan.mesh, "batch", *(None,) * (len(shape) - 1)))
+
+    history = plan.model.sight.shapes(*shape, ints)
+    traced = _recommender(plan).trace_encode(plan.state.params, plan.state.tables[ID_TABLE], history)
     return _program("encode", plan, traced, lookup_rounds(plan, shape))
 
 
@@ -158,7 +162,7 @@ def rank_program(plan: Plan) -> Program:
     config = plan.config
     seen = seen_width(config.data.max_length) if config.evaluation.filter_seen else 1
     where = sharding(plan.mesh, "batch", None)
-    vectors = jax.ShapeDtypeStruct((plan.users, config.model.dim), jnp.float32, sharding=where)
+    vectors = jax.ShapeDtypeStruct((plan.users, plan.model.abra.width), jnp.float32, sharding=where)
     table = plan.state.tables[ID_TABLE]
     traced = _recommender(plan).trace_rank(vectors, table, _ints(plan.users, seen, sharding=where))
     return _program("rank", plan, traced, plan.rounds, plan.users // row_pieces(plan.mesh))

@@ -137,8 +137,8 @@ class Histories:
         zeros = np.zeros_like(items)
         times = zeros
         if self.dataset.has_times:
-            seconds = self._gather("times", user_B, at_BxW, inside) - int(self.dataset.first_time or 0)
-            times = np.where(inside, np.clip(seconds, 0, np.iinfo(np.int32).max), 0).astype(np.int32)
+            seconds = self._gather("times", user_B, at_BxW, inside)
+            times = np.where(inside, from_start(seconds, self.dataset.first_time or 0), 0)
         events = self._gather("events", user_B, at_BxW, inside) if self.dataset.has_events else zeros
         return Windows(items, times, events)
 
@@ -149,6 +149,66 @@ class Histories:
         at_BxW = np.maximum(ends_B - size, 0)[:, None] + np.arange(size)
         return self._gather("items", np.where(real_B, users_B, 0), at_BxW, at_BxW < ends_B[:, None])
 
+    def asked(self, users_B: np.ndarray, ends_B: np.ndarray) -> np.ndarray:
+        """int32[B], the time of event number `end` of each user, as `Windows.times`.
+
+        Where a history has no such event, as if it was asked for when the log ended. Zeros where there are no times.
+        """
+        dataset = self.dataset
+        if dataset.first_time is None:
+            return np.zeros(len(users_B), np.int32)
+        there_B = (users_B >= 0) & (ends_B < self.lengths[users_B] if self.users else False)
+        seconds_B = self._gather("times", np.where(there_B, users_B, 0), ends_B, there_B)
+        seconds_B = np.where(there_B, seconds_B, int(dataset.info["last_time"]))
+        return from_start(seconds_B, dataset.first_time)
+
+    def first_target(
+        self, types: frozenset[int] | None, start_U: np.ndarray, stop_U: np.ndarray
+    ) -> np.ndarray:
+        """int64[U], the first event of some types among `start` to `stop - 1` of each user; -1 for none."""
+        return self._target(types, start_U, stop_U, last=False)
+
+    def last_target(
+        self, types: frozenset[int] | None, start_U: np.ndarray, stop_U: np.ndarray
+    ) -> np.ndarray:
+        """As `first_target`, the last one."""
+        return self._target(types, start_U, stop_U, last=True)
+
+    def _target(
+        self, types: frozenset[int] | None, start_U: np.ndarray, stop_U: np.ndarray, last: bool
+    ) -> np.ndarray:
+        start_U, stop_U = np.maximum(start_U, 0).astype(np.int64), np.asarray(stop_U, np.int64)
+        if types is None:
+            found_U = stop_U - 1 if last else start_U
+        else:
+            found, first = [], 0
+            for batch in self._batches:
+                users = slice(first, first + batch.num_rows)
+                first += batch.num_rows
+                column = batch.column("events")
+                offset = _offsets(column)[:-1]
+                is_target = np.isin(numbers(column.values), list(types))
+                # Where they stand in order: the next one from an event on, or the last before one.
+                places = np.append(np.flatnonzero(is_target), np.iinfo(np.int64).max)
+                if last:
+                    at = np.searchsorted(places, offset + stop_U[users], side="left") - 1
+                    found.append(np.where(at < 0, -1, places[np.maximum(at, 0)] - offset))
+                else:
+                    at = np.searchsorted(places, offset + start_U[users], side="left")
+                    found.append(places[at] - offset)
+            found_U = self._join(found)
+        return np.where((found_U >= start_U) & (found_U < stop_U), found_U, -1)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """int64[U], a number of each user that does not depend on which shards are held: place · S + shard."""
+        parts = [np.arange(self.shard_users[s]) * self.dataset.shards + s for s in self.shards]
+        return self._join(parts)
+
+    def event_at(self, users_B: np.ndarray, at_B: np.ndarray) -> np.ndarray:
+        """int32[B], type of event number `at` of each user."""
+        return self._flat["events"][self._start["events"][users_B] + at_B]
+
     def item_at(self, users_B: np.ndarray, at_B: np.ndarray) -> np.ndarray:
         """int32[B], item of event number `at` of each user."""
         return self._flat["items"][self._start["items"][users_B] + at_B]
@@ -156,8 +216,14 @@ class Histories:
     def _gather(self, name: str, users_B: np.ndarray, at_BxW: np.ndarray, inside: np.ndarray) -> np.ndarray:
         if not self.users:  # all shards held are empty
             return np.zeros(inside.shape, LISTS[name])
-        place = np.where(inside, self._start[name][users_B][:, None] + at_BxW, 0)
+        starts_B = self._start[name][users_B]
+        place = np.where(inside, (starts_B[:, None] if at_BxW.ndim == 2 else starts_B) + at_BxW, 0)
         return np.where(inside, self._flat[name][place], 0)
+
+    def times_from(self, moment: int) -> np.ndarray:
+        """int64, times of all events from a moment on (seconds since 1970), in no order."""
+        parts = [numbers(batch.column("times").values) for batch in self._batches]
+        return self._join([times[times >= moment] for times in parts])
 
     def count_before(self, moment: int) -> np.ndarray:
         """int64[U], events of each user before a moment (seconds since 1970)."""
@@ -168,6 +234,29 @@ class Histories:
             offsets = _offsets(column)
             parts.append(early[offsets[1:]] - early[offsets[:-1]])
         return self._join(parts)
+
+    def events_before(self, ends_U: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Users int64[E], items int32[E], times int32[E] (as in `Windows`) of events before number `end` of each user.
+
+        Users one after the other, each oldest first.
+        """
+        users, items, times, first = [], [], [], 0
+        for batch in self._batches:
+            column = batch.column("items")
+            offsets = _offsets(column)
+            ends = ends_U[first : first + batch.num_rows]
+            length = np.diff(offsets)
+            kept = np.arange(offsets[-1]) - np.repeat(offsets[:-1], length) < np.repeat(ends, length)
+            users.append(np.repeat(np.arange(first, first + batch.num_rows), length)[kept])
+            items.append(numbers(column.values)[kept])
+            if self.dataset.has_times:
+                times.append(
+                    from_start(numbers(batch.column("times").values)[kept], self.dataset.first_time or 0)
+                )
+            else:
+                times.append(np.zeros(int(kept.sum()), np.int32))
+            first += batch.num_rows
+        return self._join(users), self._join(items).astype(np.int32), self._join(times).astype(np.int32)
 
     def item_counts(
         self, ends_U: np.ndarray, starts_U: np.ndarray | None = None, since: int | None = None
@@ -196,6 +285,11 @@ class Histories:
             items = numbers(column.values)
             counts += np.bincount(items[chosen], minlength=len(counts))
         return counts
+
+
+def from_start(seconds: np.ndarray, first_time: int) -> np.ndarray:
+    """int32, seconds since a log's first event from seconds since 1970, no further than int32 counts."""
+    return np.clip(seconds - first_time, 0, np.iinfo(np.int32).max).astype(np.int32)
 
 
 def _offsets(column: pa.Array) -> np.ndarray:

@@ -11,7 +11,20 @@ import numpy as np
 
 from dynrec_jax.errors import ConfigError
 
-NONE = -1  # of `Splits`: the user has no such target
+NONE = -1  # the user has no such event
+LEAST = 3  # events of a history without which nobody is asked
+
+
+class Asked(NamedTuple):
+    """Events that are asked for, each given what its user did before it.
+
+    Attributes:
+      users: int64[Q], ascending; a user may come several times, then with the oldest event first.
+      ends: int64[Q], numbers of the events: as many come before it.
+    """
+
+    users: np.ndarray
+    ends: np.ndarray
 
 
 class Splits(NamedTuple):
@@ -19,47 +32,65 @@ class Splits(NamedTuple):
 
     Attributes:
       train_end: int64[U], events before it train.
-      validation: int64[U], the event that validation asks for; what came before is the history. `NONE`: no such.
-      test: int64[U], the event that the test asks for.
+      validation: the events that validation asks for.
+      test: the events that the test asks for.
     """
 
     train_end: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
+    validation: Asked
+    test: Asked
 
 
-def leave_one_out(lengths_U: np.ndarray) -> Splits:
-    """The last event is the test, the one before validation, the rest trains.
-
-    Users with fewer than three events train with all of them and are not asked for.
-    """
-    enough_U = lengths_U >= 3
-    return Splits(
-        train_end=np.where(enough_U, lengths_U - 2, lengths_U).astype(np.int64),
-        validation=np.where(enough_U, lengths_U - 2, NONE).astype(np.int64),
-        test=np.where(enough_U, lengths_U - 1, NONE).astype(np.int64),
-    )
+def one_each(ends_U: np.ndarray) -> Asked:
+    """An event of each user, who has none where `ends` is `NONE`."""
+    users = np.flatnonzero(ends_U != NONE)
+    return Asked(users, ends_U[users].astype(np.int64))
 
 
-def global_time(lengths_U: np.ndarray, before_validation_U: np.ndarray, before_test_U: np.ndarray) -> Splits:
-    """Two moments cut all histories: events before the first train, and nothing later is ever learnt from.
+def leave_one_out(
+    lengths_U: np.ndarray, validation_U: np.ndarray | None = None, test_U: np.ndarray | None = None
+) -> Splits:
+    """The last event is the test, the one before validation, what was before both trains.
 
-    Validation asks for a user's first event between the two moments, given the events before the first; the test
-    asks for the first event from the second moment on, given all events before that moment.
+    Users with fewer than three events train with all of them and are not asked for; so do those of whom no two events
+    may be asked for, or the first of all would be.
 
     Args:
       lengths_U: events of each history.
-      before_validation_U: events before the first moment.
-      before_test_U: events before the second moment.
+      validation_U: the last but one of the events that may be asked for, `NONE` for none; where not given, of all.
+      test_U: the last of them.
     """
-    enough_U = lengths_U >= 3
-    asked_v = enough_U & (before_validation_U > 0) & (before_validation_U < before_test_U)
-    asked_t = enough_U & (before_test_U > 0) & (before_test_U < lengths_U)
+    validation_U = lengths_U - 2 if validation_U is None else validation_U
+    test_U = lengths_U - 1 if test_U is None else test_U
+    enough_U = (lengths_U >= LEAST) & (validation_U >= 1)
     return Splits(
-        train_end=before_validation_U.astype(np.int64),
-        validation=np.where(asked_v, before_validation_U, NONE).astype(np.int64),
-        test=np.where(asked_t, before_test_U, NONE).astype(np.int64),
+        train_end=np.where(enough_U, validation_U, lengths_U).astype(np.int64),
+        validation=one_each(np.where(enough_U, validation_U, NONE)),
+        test=one_each(np.where(enough_U, test_U, NONE)),
     )
+
+
+def able(asked: Asked, lengths_U: np.ndarray) -> Asked:
+    """Those that come after another event, of users with three or more."""
+    kept = (asked.ends >= 1) & (lengths_U[asked.users] >= LEAST)
+    return Asked(asked.users[kept], asked.ends[kept])
+
+
+def between(start_U: np.ndarray, stop_U: np.ndarray) -> Asked:
+    """All events from number `start` to `stop - 1` of each user."""
+    count_U = np.maximum(stop_U - start_U, 0)
+    users = np.repeat(np.arange(len(count_U)), count_U)
+    within = np.arange(len(users)) - np.repeat(np.cumsum(count_U) - count_U, count_U)
+    return Asked(users, start_U[users] + within)
+
+
+def one_at_random(asked: Asked, keys_U: np.ndarray, seed: int) -> Asked:
+    """One event of each user, by a hash of (seed, the user's key)."""
+    first = np.flatnonzero(np.diff(asked.users, prepend=-1))
+    users = asked.users[first]
+    count = np.diff(np.append(first, len(asked.users)))
+    hashed = splitmix(keys_U[users].astype(np.uint64) ^ splitmix(np.uint64(seed) + np.uint64(2)))
+    return Asked(users, asked.ends[first + (hashed % count.astype(np.uint64)).astype(np.int64)])
 
 
 class Draws(NamedTuple):

@@ -13,10 +13,12 @@ import ml_collections
 import numpy as np
 
 from dynrec_jax.batch import Batch
+from dynrec_jax.config import needs_times
 from dynrec_jax.data import examples
 from dynrec_jax.data.cache import Histories, Windows
 from dynrec_jax.data.cold import cold_items, without
 from dynrec_jax.data.dataset import Dataset
+from dynrec_jax.data.event_types import target_types
 from dynrec_jax.data.packing import add_rows, first_fit, pack
 from dynrec_jax.errors import ConfigError, DataError
 
@@ -27,17 +29,57 @@ def make_splits(histories: Histories, config: ml_collections.ConfigDict) -> exam
     """Cuts the histories by the config's evaluation protocol.
 
     Raises:
-      ConfigError: a time split of a dataset without times.
+      ConfigError: a time split, or a model that needs times, of a dataset without; an event type that it has not.
     """
+    check_events(histories.dataset, config)
+    types = target_types(config, histories.dataset.event_types)
     if config.evaluation.split == "leave_one_out":
-        return examples.leave_one_out(histories.lengths)
-    validation, test = time_cuts(histories, config.evaluation.holdout)
-    before_validation = histories.count_before(validation)
-    return examples.global_time(histories.lengths, before_validation, histories.count_before(test))
+        none_U = np.zeros_like(histories.lengths)
+        test_U = histories.last_target(types, none_U, histories.lengths)
+        return examples.leave_one_out(histories.lengths, histories.last_target(types, none_U, test_U), test_U)
+    before_U = [histories.count_before(cut) for cut in time_cuts(histories, config.evaluation)]
+    validation, test = (
+        asked_between(histories, config, types, start_U, stop_U)
+        for start_U, stop_U in zip(before_U, [before_U[1], histories.lengths], strict=True)
+    )
+    return examples.Splits(before_U[0].astype(np.int64), validation, test)
 
 
-def time_cuts(histories: Histories, holdout: float) -> tuple[int, int]:
-    """The moments (seconds since 1970) from which validation and test events lie.
+def asked_between(
+    histories: Histories,
+    config: ml_collections.ConfigDict,
+    types: frozenset[int] | None,
+    start_U: np.ndarray,
+    stop_U: np.ndarray,
+) -> examples.Asked:
+    """What `evaluation.targets` asks for of the events from number `start` to `stop - 1` of each user."""
+    how = config.evaluation.targets
+    if how in ("first", "last"):
+        find = histories.first_target if how == "first" else histories.last_target
+        return examples.able(examples.one_each(find(types, start_U, stop_U)), histories.lengths)
+    every = examples.able(examples.between(start_U, stop_U), histories.lengths)
+    if types is not None:
+        chosen = np.isin(histories.event_at(*every), list(types))
+        every = examples.Asked(every.users[chosen], every.ends[chosen])
+    return every if how == "all" else examples.one_at_random(every, histories.keys, config.seed)
+
+
+def check_events(dataset: Dataset, config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError where the model needs to know of events what the dataset does not tell."""
+    if needs_times(config) and not dataset.has_times:
+        key = "time" if config.model.time else "query_time"
+        raise ConfigError(
+            f"config.model.{key}: {config.model[key]!r} needs times, and {dataset.path} has none; leave it out"
+        )
+    if config.model.events and not dataset.has_events:
+        raise ConfigError(
+            f"config.model.events: True needs event types, and {dataset.path} has none; prepare with --event_column, "
+            "or leave it out"
+        )
+
+
+def time_cuts(histories: Histories, evaluation: ml_collections.ConfigDict) -> tuple[int, int]:
+    """The moments (seconds since 1970) from which validation and test events lie, by a config's `evaluation`.
 
     Raises:
       ConfigError: the dataset has no times.
@@ -47,7 +89,9 @@ def time_cuts(histories: Histories, holdout: float) -> tuple[int, int]:
         raise ConfigError(
             f"config.evaluation.split: 'global_time' needs times, and {dataset.path} has none; use 'leave_one_out'"
         )
-    quantiles = dataset.info["time_quantiles"]
+    if evaluation.test_from:
+        return int(evaluation.validation_from), int(evaluation.test_from)
+    quantiles, holdout = dataset.info["time_quantiles"], evaluation.holdout
     last = len(quantiles) - 1
     return int(quantiles[round((1 - 2 * holdout) * last)]), int(quantiles[round((1 - holdout) * last)])
 

@@ -9,10 +9,11 @@ from jax.sharding import Mesh
 
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.cold import cold_items
-from dynrec_jax.data.examples import NONE, Splits
+from dynrec_jax.data.examples import Asked, Splits
 from dynrec_jax.data.pipeline import time_cuts
 from dynrec_jax.errors import ConfigError, DataError
 from dynrec_jax.evaluate.metrics import Coverage, rank_counts, ranking_metrics, ranks
+from dynrec_jax.evaluate.popular import popularity_counts
 from dynrec_jax.evaluate.recommender import Lists, Recommender, fixed_lists, groups
 from dynrec_jax.models.features import Items
 from dynrec_jax.models.model import Model
@@ -23,8 +24,8 @@ from dynrec_jax.parallel.table import in_rows, rows_for
 LIST_LENGTH = 100  # what scoring writes by default: the metrics are those of that list
 
 
-def asked(splits: Splits, which: str) -> np.ndarray:
-    """int64[U], the event that "validation" or "test" asks for; NONE where there is none."""
+def asked(splits: Splits, which: str) -> Asked:
+    """The events that "validation" or "test" asks for."""
     return splits.validation if which == "validation" else splits.test
 
 
@@ -52,8 +53,10 @@ class Evaluator:
     """Metrics of one split of a dataset; each of several processes brings the users of its shards.
 
     Attributes:
+      histories: of this process's shards.
+      splits: of these histories.
       which: "validation" or "test".
-      users: how many are asked, in all processes.
+      users: how many are asked, in all processes; one who is asked for several events counts as often.
       users_U: int64[U], those that this process brings.
       ends_U: int64[U], the event that each is asked for.
       targets_U: int32[U], its item.
@@ -78,8 +81,8 @@ class Evaluator:
           ConfigError: a metric is of longer lists than there are.
           DataError: no user has such a target.
         """
-        self._histories = histories
-        self._splits = splits
+        self.histories = histories
+        self.splits = splits
         self._config = config
         self._processes = processes
         self._items = histories.dataset.items
@@ -89,9 +92,7 @@ class Evaluator:
         self.recommender = Recommender(
             model, mesh, config.evaluation.batch_size, k, config.evaluation.filter_seen, processes, items
         )
-        ends_U = asked(splits, which)
-        self.users_U = np.nonzero(ends_U != NONE)[0]
-        self.ends_U = ends_U[self.users_U]
+        self.users_U, self.ends_U = asked(splits, which)
         self.targets_U = histories.item_at(self.users_U, self.ends_U)
         self.users = self._in_all(len(self.users_U))
         if self.users == 0:
@@ -117,7 +118,7 @@ class Evaluator:
     def baselines(self) -> dict[str, dict[str, float]]:
         """Metrics of `popularity` and `recent_popularity`, counted on training events alone."""
         result = {}
-        for name, own in popularity_counts(self._histories, self._splits, self._config).items():
+        for name, own in popularity_counts(self.histories, self.splits, self._config).items():
             counts = self._sum(own)
             # Their ranks: counts above 2^24 would tie in float32.
             ranks = np.unique(counts, return_inverse=True)[1].astype(np.float32)
@@ -138,6 +139,14 @@ class Evaluator:
         users = self._in_all(int(only_U.sum()))
         return {"users": users, **self.metrics_of(lists, only_U)} if users else {}
 
+    def ranks_of(self, lists: Callable[..., Lists]) -> np.ndarray:
+        """float64, the place of each target that this process brings in its list, from 1; infinity where it is not."""
+        found_U = np.full(len(self.users_U), np.inf)
+        for part in self._parts:
+            made = lists(self.histories, self.users_U[part], self.ends_U[part])
+            found_U[part] = ranks(made.ids, self.targets_U[part])
+        return found_U
+
     def metrics_of(self, lists: Callable[..., Lists], only_U: np.ndarray | None = None) -> dict[str, float]:
         """Metrics of what a function (histories, users, ends) -> Lists recommends; to some users alone, if told so."""
         k = self.recommender.k
@@ -147,7 +156,7 @@ class Evaluator:
             if only_U is not None:
                 chosen = only_U[part]
                 users, ends, targets = users[chosen], ends[chosen], targets[chosen]
-            made = lists(self._histories, users, ends)
+            made = lists(self.histories, users, ends)
             counts += rank_counts(ranks(made.ids, targets), k)
             coverage.add(made.ids)
         counts = self._sum(counts)
@@ -157,13 +166,14 @@ class Evaluator:
 
     def protocol(self) -> dict[str, Any]:
         """What a number of this evaluation means, for the output."""
-        dataset, split = self._histories.dataset, self._config.evaluation.split
+        dataset, split = self.histories.dataset, self._config.evaluation.split
         result: dict[str, Any] = {
             "split": split,
             "ties": dataset.info["ties"],
             "ranked": "whole catalogue",
             "filter_seen": bool(self._config.evaluation.filter_seen),
-            "query_time": False,
+            "query_time": bool(self._config.model.query_time),
+            "target_events": list(self._config.data.target_events) or "all",
             "cold_items": float(self._config.data.cold_items),
             "list_length": self.recommender.k,
             "equal_scores": "lowest item index first",
@@ -175,8 +185,9 @@ class Evaluator:
             if not dataset.has_times:
                 result["leak"] = "unknown: the data has no times"
         else:
-            validation, test = time_cuts(self._histories, self._config.evaluation.holdout)
+            validation, test = time_cuts(self.histories, self._config.evaluation)
             result["validation_from"], result["test_from"] = validation, test
+            result["targets"] = str(self._config.evaluation.targets)
         return result
 
     def _targets_in_history(self) -> int:
@@ -187,35 +198,6 @@ class Evaluator:
         for start in range(0, len(order), size):
             place = order[start : start + size]
             longest = int(self.ends_U[place].max())
-            seen = self._histories.last_items(self.users_U[place], self.ends_U[place], longest)
+            seen = self.histories.last_items(self.users_U[place], self.ends_U[place], longest)
             count += int((seen == self.targets_U[place][:, None]).any(axis=1).sum())
         return count
-
-
-def popularity_counts(
-    histories: Histories, splits: Splits, config: ml_collections.ConfigDict
-) -> dict[str, np.ndarray]:
-    """int64[N + 1] by baseline, counted on training events.
-
-    `recent_popularity` counts those from the moment on after which the latest share (`evaluation.recent`) of all
-    events lies, or, in data without times, the latest share of each user's training events.
-    """
-    share = config.evaluation.recent
-    result = {"popularity": histories.item_counts(splits.train_end)}
-    cold_N = cold_items(histories.dataset.items, config.data.cold_items)
-    dataset = histories.dataset
-    if dataset.has_times:
-        quantiles = dataset.info["time_quantiles"]
-        last = len(quantiles) - 1
-        end = (
-            time_cuts(histories, config.evaluation.holdout)[0]
-            if config.evaluation.split == "global_time"
-            else None
-        )
-        trained = 1.0 if end is None else 1 - 2 * config.evaluation.holdout
-        since = int(quantiles[round(trained * (1 - share) * last)])
-        result["recent_popularity"] = histories.item_counts(splits.train_end, since=since)
-    else:
-        recent_U = np.maximum(np.ceil(splits.train_end * share).astype(np.int64), 1)
-        result["recent_popularity"] = histories.item_counts(splits.train_end, splits.train_end - recent_U)
-    return {name: np.where(cold_N, 0, counts) for name, counts in result.items()}

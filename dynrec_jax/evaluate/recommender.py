@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dynrec_jax.data.cache import Histories
+from dynrec_jax.batch import History
+from dynrec_jax.data.cache import Histories, Windows
 from dynrec_jax.errors import NonFiniteError
 from dynrec_jax.models.features import Items, described_rows
 from dynrec_jax.models.model import Model
@@ -33,8 +34,8 @@ WIDTH_MULTIPLE = 8
 # 100, to compile one more 0.3 s.
 FEWEST_SEEN, SEEN_FACTOR = 16, 4
 
-# (the items that the encoder reads [B, L], those to leave out [B, M]) -> ids, scores, and whether all are numbers
-Batch = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+# (what the encoder reads, items to leave out [B, M]) -> ids, scores, and whether all are numbers
+Batch = Callable[[History, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
 class HistorySource(Protocol):
@@ -42,6 +43,14 @@ class HistorySource(Protocol):
 
     def last_items(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> np.ndarray:
         """int32[B, size], the last items before event number `end` of each user; a user of -1 has none."""
+        ...
+
+    def windows(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> Windows:
+        """The last events before event number `end` of each user; a user of -1 has none."""
+        ...
+
+    def asked(self, users_B: np.ndarray, ends_B: np.ndarray) -> np.ndarray:
+        """int32[B], when what comes after these events is asked for, in seconds since the dataset's first event."""
         ...
 
 
@@ -122,9 +131,9 @@ class Recommender:
         described = described_rows(known, tables, rows_for(self._model.abra.items))
         return constrain(self._model.catalogue(params, described), "items", None)
 
-    def _user_vectors(self, params: Any, vectors_RxD: Any, items_BxL: Any) -> jax.Array:
-        v_BxLxD = lookup(vectors_RxD, items_BxL)
-        return constrain(self._model.last_vector(params, v_BxLxD, items_BxL), "batch", None)
+    def _user_vectors(self, params: Any, vectors_RxD: Any, history: History) -> jax.Array:
+        v_BxLxD = lookup(vectors_RxD, history.items)
+        return constrain(self._model.last_vector(params, v_BxLxD, history), "batch", None)
 
     def _best(self, u_BxD: Any, table_RxD: Any, seen_BxM: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         q_BxD = self._model.abra.query(u_BxD, table_RxD)
@@ -132,10 +141,10 @@ class Recommender:
         finite = jnp.isfinite(q_BxD).all() & ~jnp.isnan(scores).any()
         return constrain(ids, "batch", None), constrain(scores, "batch", None), finite
 
-    def trace_encode(self, params: Any, vectors_RxD: Any, items_BxL: Any) -> jax.stages.Traced:
+    def trace_encode(self, params: Any, vectors_RxD: Any, history: History) -> jax.stages.Traced:
         """The program that reads histories, for shapes, to be counted and compiled ahead of time."""
         with jax.set_mesh(self.mesh):
-            return self._encode.trace(params, vectors_RxD, items_BxL)
+            return self._encode.trace(params, vectors_RxD, history)
 
     def trace_rank(self, u_BxD: Any, table_RxD: Any, seen_BxM: Any) -> jax.stages.Traced:
         """The program that ranks the catalogue, for shapes."""
@@ -153,8 +162,8 @@ class Recommender:
             if not bool(self._finite(table_RxD)):
                 raise NonFiniteScores("item vectors are not finite")
 
-        def batch(items_BxL: jax.Array, seen_BxM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            return self._rank(self._encode(params, vectors_RxD, items_BxL), table_RxD, seen_BxM)
+        def batch(history: History, seen_BxM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            return self._rank(self._encode(params, vectors_RxD, history), table_RxD, seen_BxM)
 
         return functools.partial(self.run, batch)
 
@@ -191,12 +200,13 @@ class Recommender:
             short = self._batch_size - len(place_B)
             users_B = np.pad(users_U[place_B], (0, short), constant_values=-1)
             ends_B = np.pad(ends_U[place_B], (0, short))
-            items_BxL = source.last_items(users_B, ends_B, _at_least(longest, self._widths))
+            history = self._history(source, users_B, ends_B, _at_least(longest, self._widths))
             seen_BxM = np.zeros((self._batch_size, 1), np.int32)
             if self._filter_seen:
                 seen_BxM = source.last_items(users_B, ends_B, seen_width(longest))
             with jax.set_mesh(self.mesh):
-                made = batch(place_rows(self.mesh, items_BxL), place_rows(self.mesh, seen_BxM))
+                placed = jax.tree.map(functools.partial(place_rows, self.mesh), history)
+                made = batch(placed, place_rows(self.mesh, seen_BxM))
             # The device goes on with this batch while the one before it is read.
             if before is not None:
                 _read(*before, lists)
@@ -204,6 +214,19 @@ class Recommender:
         if before is not None:
             _read(*before, lists)
         return lists
+
+    def _history(self, source: HistorySource, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> History:
+        """What the model reads of some histories."""
+        sight = self._model.sight
+        if not (sight.needs_times or sight.event_types):
+            return History(source.last_items(users_B, ends_B, size))
+        items, times, events = source.windows(users_B, ends_B, size)
+        return History(
+            items,
+            times if sight.needs_times else None,
+            events if sight.event_types else None,
+            source.asked(users_B, ends_B) if sight.query_time else None,
+        )
 
     def _agreed(self, longest: list[int]) -> list[int]:
         """The longest history of each batch, in all processes."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dynrec_jax.batch import PAD
 from dynrec_jax.parallel.blocks import Blocks
 from dynrec_jax.parallel.mixture import mixture
 from dynrec_jax.parallel.topk import top_k
@@ -44,6 +45,8 @@ class Abra:
       hops: how often the mixture refines the query.
       block_items: catalogue rows that are scored at a time.
       block_positions: positions that are scored at a time.
+      interests: k, vectors of a user, of which each item's best one counts; a user's vector is then `[k · D]`, one
+        behind the other.
     """
 
     dim: int
@@ -53,6 +56,12 @@ class Abra:
     hops: int
     block_items: int
     block_positions: int
+    interests: int = 1
+
+    @property
+    def width(self) -> int:
+        """Numbers of a user's vector."""
+        return self.dim * self.interests
 
     @property
     def scale(self) -> float:
@@ -76,8 +85,10 @@ class Abra:
         """The query that is scored, after `hops` refinements; `table` as `unit` gives it.
 
         `count` is how many queries each device has, as `mixture` takes it; None says that all of them are real.
-        `blocks` are other ones than `self.blocks`.
+        `blocks` are other ones than `self.blocks`. Of several interests each is brought to unit length for itself.
         """
+        if self.interests > 1:
+            return self.unit(self.apart(u_PxD)).reshape(u_PxD.shape)
         u_PxD = self.unit(u_PxD)
         for _ in range(self.hops):
             u_PxD = self.unit(u_PxD + mixture(u_PxD, table_RxD, blocks or self.blocks, count))
@@ -90,10 +101,60 @@ class Abra:
         """
         q_BxD = self.query(u_BxD, table_RxD)
         ids_BxK, scores_BxK = self.best(q_BxD, table_RxD, seen_BxM, k)
-        return Recommendation(ids_BxK, scores_BxK, mixture(q_BxD, table_RxD, self.blocks))
+        mixed_PxD = mixture(q_BxD.reshape(-1, table_RxD.shape[-1]), table_RxD, self.blocks)
+        mixed_BxD = mixed_PxD.reshape(len(q_BxD), -1, mixed_PxD.shape[-1]).mean(axis=1)
+        return Recommendation(ids_BxK, scores_BxK, mixed_BxD)
 
     def best(self, q_BxD: Array, table_RxD: Array, seen_BxM: Array, k: int) -> tuple[Array, Array]:
-        """ids and scores of `recommend`, without the mixture, for queries and a table that are ready."""
-        return top_k(
-            q_BxD, table_RxD, seen_BxM, k=k, items=self.items, scale=self.scale, rows=self.block_items
+        """ids and scores of `recommend`, without the mixture, for queries and a table that are ready.
+
+        An item's score is that of the interest that likes it best. What is among the k best of all is among the k best
+        of that interest, so the interests' lists hold it.
+        """
+        interests = q_BxD.shape[-1] // table_RxD.shape[-1]
+        if interests > 1:
+            seen_BxM = jnp.repeat(seen_BxM, interests, axis=0)
+        ids, scores = top_k(
+            q_BxD.reshape(-1, table_RxD.shape[-1]),
+            table_RxD,
+            seen_BxM,
+            k=k,
+            items=self.items,
+            scale=self.scale,
+            rows=self.block_items,
         )
+        if interests == 1:
+            return ids, scores
+        return _merged(ids.reshape(len(q_BxD), -1), scores.reshape(len(q_BxD), -1), k)
+
+    def apart(self, u: Array) -> Array:
+        """A user's interests, `[..., k, D]`, from vectors `[..., k · D]`."""
+        return u.reshape(*u.shape[:-1], -1, self.dim)
+
+    def nearest(self, u: Array, vector: Array) -> Array:
+        """Of each position's interests the one that scores its target highest, `[..., D]`.
+
+        Args:
+          u: `[..., k · D]`.
+          vector: the targets' vectors as `unit` gives them, `[..., D]`.
+        """
+        each = self.apart(u)
+        score = jnp.einsum("...kd,...d->...k", self.unit(each), vector)
+        best = jnp.argmax(jax.lax.stop_gradient(score), axis=-1)
+        return jnp.take_along_axis(each, best[..., None, None], axis=-2)[..., 0, :]
+
+    def logits(self, q_PxD: Array, table_RxD: Array) -> Array:
+        """All scores of some queries that are ready, `[P, R]`: for a few users and a catalogue that is small."""
+        each_PxIxD = q_PxD.reshape(len(q_PxD), -1, table_RxD.shape[-1])
+        return jnp.einsum("pid,rd->pir", each_PxIxD, table_RxD).max(axis=1) * self.scale
+
+
+def _merged(ids_BxK: Array, scores_BxK: Array, k: int) -> tuple[Array, Array]:
+    """The k best of several lists of each row, every item once with its best score; equal scores by the lowest id."""
+    ids_BxK, worse_BxK = jax.lax.sort((ids_BxK, -scores_BxK), dimension=1, num_keys=2)
+    again_BxK = jnp.pad(ids_BxK[:, 1:] == ids_BxK[:, :-1], ((0, 0), (1, 0)))
+    worse_BxK = jnp.where(again_BxK | (ids_BxK == PAD), jnp.inf, worse_BxK)
+    # Stable: items lie in the order of their ids.
+    worse_BxK, ids_BxK = jax.lax.sort((worse_BxK, ids_BxK), dimension=1, num_keys=1, is_stable=True)
+    there_BxK = worse_BxK[:, :k] < jnp.inf
+    return jnp.where(there_BxK, ids_BxK[:, :k], PAD), jnp.where(there_BxK, -worse_BxK[:, :k], -jnp.inf)

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dynrec_jax import losses
-from dynrec_jax.batch import PAD, Batch
+from dynrec_jax.batch import PAD, Batch, History
 from dynrec_jax.models.abra import Abra, Recommendation
 from dynrec_jax.models.attention import Direction
+from dynrec_jax.models.blocks import Ring
 from dynrec_jax.models.item_encoder import ItemEncoder, init_tables
 from dynrec_jax.models.text_encoder import BERT, Text, TextEncoder
 from dynrec_jax.models.towers.ids import ID_TABLE, INDEX, SEEN
 from dynrec_jax.models.towers.tower import Described
-from dynrec_jax.models.user_encoder import Moments, UserEncoder, moments
+from dynrec_jax.models.user_encoder import Moments, Sight, UserEncoder, moments
 from dynrec_jax.negatives import Negatives
 from dynrec_jax.parallel.blocks import Blocks
 
@@ -51,11 +52,19 @@ class Towers(nn.Module):
     item: ItemEncoder
 
     def __call__(
-        self, v_BxLxD: Array, at: Moments, direction: Direction = "forward", read_B: Array | None = None
+        self,
+        v_BxLxD: Array,
+        at: Moments,
+        direction: Direction = "forward",
+        read_B: Array | None = None,
+        ring: Ring | None = None,
     ) -> Array:
-        """User vectors `[B, L, D]` from the vectors of a history's items, or `[B, 1, D]`, those of `read` alone."""
+        """User vectors `[B, L, D]` from the vectors of a history's items, or `[B, 1, D]`, those of `read` alone.
+
+        Or those of one more event, L = 1, given where the others lie in memory.
+        """
         # Rows have about unit length; the encoder's residual stream wants about unit elements.
-        return self.user(v_BxLxD * v_BxLxD.shape[-1] ** 0.5, at, direction, read_B)
+        return self.user(v_BxLxD * v_BxLxD.shape[-1] ** 0.5, at, direction, read_B, ring)
 
     def items(self, described: Described, key: Array | None = None) -> Array:
         """Item vectors `[..., D]`."""
@@ -85,6 +94,7 @@ class Bstm:
       forward_weight: weight of the forward traversal in the loss.
       backward_weight: weight of the backward traversal; 0 leaves it out.
       alignment: weight of telling an item's id by its other vector.
+      event_weights: of targets by their event type, E + 1 of them; empty where all weigh the same.
       shapes: of what describes an item besides its id: name, width and type.
       text: BERT, where it is trained with the rest.
     """
@@ -98,6 +108,7 @@ class Bstm:
     forward_weight: float
     backward_weight: float
     alignment: float = 0.0
+    event_weights: tuple[float, ...] = ()
     shapes: tuple[tuple[str, int, str], ...] = ()
     text: TextEncoder | None = None
 
@@ -111,6 +122,11 @@ class Bstm:
         """Whether there is a table of ids."""
         return self.towers.item.ids
 
+    @property
+    def sight(self) -> Sight:
+        """What the user encoder knows of events besides their items."""
+        return self.towers.user.sight
+
     def init(self, key: Array, bert: Any = None) -> dict[str, Any]:
         """Boxed variables `{'params': dense weights, 'tables': {name: [R, D]}}`; BERT's are those given, if any."""
         dense_key, table_key = jax.random.split(key)
@@ -119,7 +135,8 @@ class Bstm:
         described[INDEX] = jnp.zeros((*shape, 1), jnp.int32)
         if self.ids:
             described[ID_TABLE] = jnp.zeros((*shape, self.abra.dim))
-        at = moments(jnp.ones(shape, jnp.int32))
+        one = jnp.ones(shape, jnp.int32)
+        at = moments(History(one, one, one, one[:, 0]))
         params = self.towers.init(dense_key, described, at, method=Towers.everything).get("params", {})
         if self.text is not None:
             made = self.text.init(jax.random.fold_in(dense_key, 1))
@@ -183,7 +200,7 @@ class Bstm:
         total = self._scored(params, rows, at, negatives, item_key)
         if self.alignment:
             total += self.alignment * self._aligned(params, rows, batch, negatives)
-        return total, jnp.sum(_pairs(batch), dtype=jnp.float32)
+        return total, jnp.sum(self._weights(batch, "forward"), dtype=jnp.float32)
 
     def _traverse(
         self, params: Any, v_BxMxD: Array, batch: Batch, direction: Direction, weight: float, key: Array
@@ -192,10 +209,27 @@ class Bstm:
         early, late = slice(None, -1), slice(1, None)
         read, predict = (early, late) if direction == "forward" else (late, early)
         positions = batch.positions if direction == "forward" else batch.remaining
-        moment = Moments(batch.segments[:, read], positions[:, read])
+        moment = Moments(
+            batch.segments[:, read],
+            positions[:, read],
+            batch.times[:, read],
+            batch.events[:, read],
+            # Mirrored: backward, an event is asked at the moment of the one before it.
+            jnp.where(_pairs(batch), batch.times[:, predict], batch.times[:, read]),
+        )
         u_BxLxD = self.user_vectors(params, v_BxMxD[:, read], moment, direction, key)
         vector_BxLxD = self.ready(v_BxMxD[:, predict])
-        return u_BxLxD, vector_BxLxD, batch.items[:, predict], jnp.where(_pairs(batch), weight, 0.0)
+        if self.abra.interests > 1:
+            u_BxLxD = self.abra.nearest(u_BxLxD, vector_BxLxD)
+        return u_BxLxD, vector_BxLxD, batch.items[:, predict], weight * self._weights(batch, direction)
+
+    def _weights(self, batch: Batch, direction: Direction) -> Array:
+        """float32[B, L], how much the target of each position of a traversal counts; 0 where there is none."""
+        weights_BxL = jnp.where(_pairs(batch), 1.0, 0.0)
+        if not self.event_weights:
+            return weights_BxL
+        types_BxL = batch.events[:, 1:] if direction == "forward" else batch.events[:, :-1]
+        return weights_BxL * jnp.asarray(self.event_weights, jnp.float32)[types_BxL]
 
     def _scored(
         self, params: Any, rows: Rows, at: losses.Positions, negatives: Negatives | None, key: Array
@@ -246,19 +280,19 @@ class Bstm:
         drawn = self.abra.unit(rows.negatives[ID_TABLE])
         return losses.sampled_softmax(at, drawn, negatives, self.abra.blocks, self.dtype)
 
-    def last_vector(self, params: Any, v_BxLxD: Array, items_BxL: Array) -> Array:
+    def last_vector(self, params: Any, v_BxLxD: Array, history: History) -> Array:
         """The interest after the last event of each history, `[B, D]`; an empty history gives zeros."""
-        length_B = (items_BxL != PAD).sum(axis=1, dtype=jnp.int32)
+        length_B = (history.items != PAD).sum(axis=1, dtype=jnp.int32)
         last_B = jnp.maximum(length_B - 1, 0)
-        u_Bx1xD = self.towers.apply({"params": params}, v_BxLxD, moments(items_BxL), read_B=last_B)
+        u_Bx1xD = self.towers.apply({"params": params}, v_BxLxD, moments(history), read_B=last_B)
         u_BxD = u_Bx1xD[:, 0]
         return jnp.where(length_B[:, None] > 0, u_BxD, 0.0)
 
     def recommend(
-        self, params: Any, v_BxLxD: Array, items_BxL: Array, table_RxD: Array, seen_BxM: Array, k: int
+        self, params: Any, v_BxLxD: Array, history: History, table_RxD: Array, seen_BxM: Array, k: int
     ) -> Recommendation:
         """ABRA's answer to what comes after each history; `table` is `ready` for it."""
-        return self.abra.recommend(self.last_vector(params, v_BxLxD, items_BxL), table_RxD, seen_BxM, k)
+        return self.abra.recommend(self.last_vector(params, v_BxLxD, history), table_RxD, seen_BxM, k)
 
 
 def _pairs(batch: Batch) -> Array:

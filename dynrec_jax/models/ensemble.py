@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dynrec_jax.batch import Batch
+from dynrec_jax.batch import Batch, History
 from dynrec_jax.models.abra import Abra, Recommendation
 from dynrec_jax.models.bstm import Bstm, Rows
 from dynrec_jax.models.text_encoder import Text, TextEncoder
 from dynrec_jax.models.towers.tower import Described
-from dynrec_jax.models.user_encoder import Moments
+from dynrec_jax.models.user_encoder import Moments, Sight
 from dynrec_jax.negatives import Negatives
 
 Array = jax.Array
@@ -53,6 +53,11 @@ class Ensemble:
         return self.id.max_length
 
     ids = True
+
+    @property
+    def sight(self) -> Sight:
+        """See `Bstm`."""
+        return self.id.sight
 
     @property
     def normalises(self) -> bool:
@@ -113,17 +118,17 @@ class Ensemble:
             [p.abra.unit(p.user_vectors(params[name], v, at)) for (name, p), v in halves], -1
         )
 
-    def last_vector(self, params: Any, v_BxLxD: Array, items_BxL: Array) -> Array:
+    def last_vector(self, params: Any, v_BxLxD: Array, history: History) -> Array:
         """See `Bstm`; `[B, 2 D]`."""
         halves = zip(self.parts.items(), self._halves(v_BxLxD), strict=True)
-        vectors = [p.abra.unit(p.last_vector(params[name], v, items_BxL)) for (name, p), v in halves]
+        vectors = [p.abra.unit(p.last_vector(params[name], v, history)) for (name, p), v in halves]
         return jnp.concatenate(vectors, -1)
 
     def recommend(
-        self, params: Any, v_BxLxD: Array, items_BxL: Array, table_RxD: Array, seen_BxM: Array, k: int
+        self, params: Any, v_BxLxD: Array, history: History, table_RxD: Array, seen_BxM: Array, k: int
     ) -> Recommendation:
         """See `Bstm`."""
-        return self.abra.recommend(self.last_vector(params, v_BxLxD, items_BxL), table_RxD, seen_BxM, k)
+        return self.abra.recommend(self.last_vector(params, v_BxLxD, history), table_RxD, seen_BxM, k)
 
     @staticmethod
     def _halves(v: Array) -> list[Array]:

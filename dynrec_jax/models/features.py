@@ -37,18 +37,20 @@ class Items:
       towers: what describes them besides their ids.
       text: what BERT reads, where it is trained with the rest; otherwise None.
       say: is told how far long work is.
+      event_types: names of the events' types, by index from 1.
     """
 
     number: int
     towers: tuple[Tower, ...] = ()
     text: TextSource | None = None
     say: Callable[[str], None] = lambda line: None
+    event_types: tuple[str, ...] = ()
     _placed: dict[Mesh, dict[str, Array]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def model(self, config: ml_collections.ConfigDict) -> Model:
         """The model of a config over these items."""
         encoder = None if self.text is None else self.text.encoder
-        return MODELS[config.model.name](config, self.number, self.towers, encoder)
+        return MODELS[config.model.name](config, self.number, self.towers, encoder, self.event_types)
 
     def place(self, mesh: Mesh) -> dict[str, Array]:
         """What towers have read, [R, width] by name, on the devices, which hold it once for all who ask."""
@@ -97,18 +99,19 @@ def read_items(
       ConfigError: the dataset lacks what a tower is made of.
       DataError: a file is not what it must be.
     """
+    types = tuple(dataset.event_types)
     if not describes_items(config):
-        return Items(dataset.items)
+        return Items(dataset.items, event_types=types)
     job = Job(config, dataset, dataset.items_table(), folder, say)
     towers, text = read_towers(job), text_source(job) if tunes_text(config) else None
     if new is None:
-        return Items(dataset.items, tuple(towers), text, say)
+        return Items(dataset.items, tuple(towers), text, say, types)
     later = dataclasses.replace(job, items=new)
     both = zip(towers, read_towers(later), strict=True)
     towers = [tower.followed_by(other) for tower, other in both]
     if text is not None:
         text = text.followed_by(text_source(later))
-    return Items(dataset.items + new.num_rows, tuple(towers), text, say)
+    return Items(dataset.items + new.num_rows, tuple(towers), text, say, types)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,10 +1,5 @@
-"""Blocks of the user encoder and what they are made of.
+"""What blocks are made of: dropout, norms and linear maps that are the same on any mesh."""
 
-A block maps `[B, L, D]` to `[B, L, D]`, or to the vectors that are wanted alone, `[B, 1, D]`, given where the events
-stand. The config names it; `BLOCKS` at the end lists the names.
-"""
-
-import dataclasses
 import math
 from typing import Any
 
@@ -13,36 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from dynrec_jax.models.attention import SAVED, Direction, TimeBias, attention, attention_at, bounds
+from dynrec_jax.models.attention import SAVED
 from dynrec_jax.parallel.counters import mix
 
 Array = jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """What a block knows of the events besides their vectors; a tree, so that blocks can be scanned and computed again.
-
-    Attributes:
-      reach: int32[B, L], how many events before it (backward: behind it) an event may look at.
-      counters: uint32[B, L], numbers of the events that dropout's bits are made from.
-      direction: of the traversal.
-      read: int32[B], the only position of each row whose vector is wanted; None for all of them.
-      times: int32[B, L], seconds, where attention knows of time; otherwise None.
-    """
-
-    reach: Array
-    counters: Array
-    direction: Direction = dataclasses.field(metadata={"static": True})
-    read: Array | None = None
-    times: Array | None = None
-
-    def wanted(self, x: Array) -> Array:
-        """What is wanted of an array `[B, L, …]`: all of it, or `[B, 1, …]`."""
-        if self.read is None:
-            return x
-        return jnp.take_along_axis(x, self.read.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
 
 
 def hash_bits(key: Array, counters_BxL: Array, features: int) -> Array:
@@ -172,112 +141,3 @@ class Dense(nn.Module):
         x_PxI = x.reshape(-1, math.prod(contracted)).astype(self.dtype)
         y_PxO = linear(x_PxI, kernel.reshape(math.prod(contracted), -1))
         return checkpoint_name(y_PxO, SAVED).reshape(*lead, *self.features)
-
-
-class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017) of a history over itself; gives what is wanted of it.
-
-    Attributes:
-      heads: H.
-      dtype: of products.
-      time_buckets: T of the bias by the time between events; 0 for none.
-    """
-
-    heads: int
-    dtype: Any
-    time_buckets: int
-
-    @nn.compact
-    def __call__(self, x_BxLxD: Array, at: Places) -> Array:
-        dim = x_BxLxD.shape[-1]
-        each = dim // self.heads
-
-        def project(name: str, x: Array) -> Array:
-            # Heads before length: the products are then plain batched matrix products, which run two to three
-            # times faster on CPU than with the head axis inside.
-            kernel = Dense((self.heads, each), ("embed", "heads", "head_dim"), self.dtype, name=name)
-            return kernel(x).swapaxes(1, 2)
-
-        q_BxHxQxE = project("query", at.wanted(x_BxLxD)) * each**-0.5
-        k_BxHxLxE, v_BxHxLxE = project("key", x_BxLxD), project("value", x_BxLxD)
-        bias = self._bias(at)
-        if at.read is None:
-            y_BxHxQxE = attention(q_BxHxQxE, k_BxHxLxE, v_BxHxLxE, at.reach, at.direction, bias)
-        else:
-            low_B, high_B = (at.wanted(bound_BxL)[:, 0] for bound_BxL in bounds(at.reach, at.direction))
-            time_B = None if bias is None else at.wanted(bias.times)[:, 0]
-            q_BxHxE = q_BxHxQxE[:, :, 0]
-            y_BxHxE = attention_at(q_BxHxE, k_BxHxLxE, v_BxHxLxE, low_B, high_B, bias, time_B)
-            y_BxHxQxE = y_BxHxE[:, :, None]
-        out = Dense((dim,), ("heads", "head_dim", "embed"), self.dtype, inputs=2, name="out")
-        return out(y_BxHxQxE.swapaxes(1, 2))
-
-    def _bias(self, at: Places) -> TimeBias | None:
-        if not self.time_buckets:
-            return None
-        if at.times is None:
-            raise ValueError(
-                f"time_buckets={self.time_buckets}: attention needs the events' times; found none"
-            )
-        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads", None))
-        table_HxT = self.param("time_bias", init, (self.heads, self.time_buckets), jnp.float32)
-        return TimeBias(table_HxT, at.times)
-
-
-def hidden_width(block: str, dim: int, feedforward: float) -> int:
-    """Units of a block's feed-forward. A gate doubles the first product: two thirds of them make as many weights."""
-    if block == "seed":
-        return round(dim * feedforward)
-    return max(8, round(dim * feedforward * 2 / 3 / 8) * 8)
-
-
-class SeedBlock(nn.Module):
-    """Attention with a residual, then a ReLU feed-forward with a residual, each normalised behind the sum."""
-
-    heads: int
-    feedforward: float
-    dropout: float
-    dtype: Any
-    time_buckets: int
-
-    @nn.compact
-    def __call__(self, x_BxLxD: Array, at: Places) -> Array:
-        dim = x_BxLxD.shape[-1]
-        hidden = hidden_width("seed", dim, self.feedforward)
-        a_BxLxD = Attention(self.heads, self.dtype, self.time_buckets, name="attention")(x_BxLxD, at)
-        x_BxLxD, counters_BxL = at.wanted(x_BxLxD), at.wanted(at.counters)
-        x_BxLxD = LayerNorm(name="attention_norm")(x_BxLxD + Dropout(self.dropout)(a_BxLxD, counters_BxL))
-        h_BxLxF = nn.relu(Dense((hidden,), ("embed", "hidden"), self.dtype, name="up")(x_BxLxD))
-        y_BxLxD = Dense((dim,), ("hidden", "embed"), self.dtype, name="down")(h_BxLxF)
-        return LayerNorm(name="feedforward_norm")(x_BxLxD + Dropout(self.dropout)(y_BxLxD, counters_BxL))
-
-
-class PrenormBlock(nn.Module):
-    """Normalise, attend, add; normalise, SiLU-gated feed-forward (Shazeer 2020), add.
-
-    The gate doubles the first product, so the hidden width is two thirds of `feedforward · D`.
-    """
-
-    heads: int
-    feedforward: float
-    dropout: float
-    dtype: Any
-    time_buckets: int
-
-    @nn.compact
-    def __call__(self, x_BxLxD: Array, at: Places) -> Array:
-        dim = x_BxLxD.shape[-1]
-        hidden = hidden_width("prenorm", dim, self.feedforward)
-        a_BxLxD = Attention(self.heads, self.dtype, self.time_buckets, name="attention")(
-            RmsNorm(name="attention_norm")(x_BxLxD), at
-        )
-        x_BxLxD, counters_BxL = at.wanted(x_BxLxD), at.wanted(at.counters)
-        x_BxLxD = x_BxLxD + Dropout(self.dropout)(a_BxLxD, counters_BxL)
-        h_BxLxD = RmsNorm(name="feedforward_norm")(x_BxLxD)
-        gate_BxLxF = nn.silu(Dense((hidden,), ("embed", "hidden"), self.dtype, name="gate")(h_BxLxD))
-        h_BxLxF = gate_BxLxF * Dense((hidden,), ("embed", "hidden"), self.dtype, name="up")(h_BxLxD)
-        y_BxLxD = Dense((dim,), ("hidden", "embed"), self.dtype, name="down")(h_BxLxF)
-        return x_BxLxD + Dropout(self.dropout)(y_BxLxD, counters_BxL)
-
-
-BLOCKS: dict[str, Any] = {"prenorm": PrenormBlock, "seed": SeedBlock}

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import ml_collections
 
+from dynrec_jax.data.event_types import target_weights
 from dynrec_jax.models.abra import Abra
 from dynrec_jax.models.bstm import Bstm, Towers
 from dynrec_jax.models.ensemble import Ensemble
 from dynrec_jax.models.item_encoder import ItemEncoder
 from dynrec_jax.models.text_encoder import TextEncoder
 from dynrec_jax.models.towers.tower import Tower
-from dynrec_jax.models.user_encoder import UserEncoder
+from dynrec_jax.models.user_encoder import Sight, UserEncoder
 
 Model = Bstm | Ensemble
 
@@ -21,6 +22,7 @@ def make_bstm(
     items: int,
     towers: Sequence[Tower] = (),
     text: TextEncoder | None = None,
+    event_types: Sequence[str] = (),
 ) -> Model:
     """The model that a config describes.
 
@@ -29,13 +31,17 @@ def make_bstm(
       items: N, the size of the catalogue.
       towers: what describes the items besides their id, as `towers.read_towers` gives it; none for ids alone.
       text: BERT, where it is trained with the rest.
+      event_types: names of the events' types, by index from 1.
+
+    Raises:
+      ConfigError: the config names an event type that there is not.
     """
     fusion = config.item.fusion
     if fusion == "ensemble":
-        return Ensemble(
-            _bstm(config, items, (), True, unseen=True), _bstm(config, items, towers, False, text)
-        )
-    return _bstm(config, items, towers if fusion != "id" else (), fusion != "text", text)
+        own = _bstm(config, items, (), True, unseen=True, event_types=event_types)
+        return Ensemble(own, _bstm(config, items, towers, False, text, event_types=event_types))
+    towers = towers if fusion != "id" else ()
+    return _bstm(config, items, towers, fusion != "text", text, event_types=event_types)
 
 
 def _bstm(
@@ -45,8 +51,17 @@ def _bstm(
     ids: bool,
     text: TextEncoder | None = None,
     unseen: bool = False,
+    event_types: Sequence[str] = (),
 ) -> Bstm:
     m = config.model
+    sight = Sight(
+        positions=m.positions,
+        time=tuple(m.time),
+        time_buckets=m.time_buckets,
+        query_time=m.query_time,
+        event_types=len(event_types) if m.events else 0,
+        window=m.attention_window,
+    )
     dtype = jnp.dtype(m.dtype)
     user = UserEncoder(
         max_length=config.data.max_length,
@@ -56,7 +71,8 @@ def _bstm(
         feedforward=m.feedforward,
         dropout=m.dropout,
         dtype=dtype,
-        time_buckets=0,
+        sight=sight,
+        interests=m.interests,
         remat=m.remat,
         scan_layers=m.scan_layers,
     )
@@ -76,6 +92,7 @@ def _bstm(
         hops=m.hops,
         block_items=config.loss.block_items,
         block_positions=config.loss.block_positions,
+        interests=m.interests,
     )
     return Bstm(
         towers=Towers(user=user, item=item),
@@ -87,6 +104,7 @@ def _bstm(
         forward_weight=m.forward_weight,
         backward_weight=m.backward_weight,
         alignment=config.loss.alignment,
+        event_weights=target_weights(config, event_types),
         shapes=tuple((name, width, kind) for tower in towers for name, width, kind in tower.shapes),
         text=text,
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from dynrec_jax import config as configs
-from dynrec_jax.data.cache import Histories
+from dynrec_jax.data.cache import Histories, Windows, from_start
 from dynrec_jax.data.content import TableHash
 from dynrec_jax.data.examples import NONE
 from dynrec_jax.data.pipeline import make_splits
@@ -38,6 +38,8 @@ class ScoreOptions:
       split: "all" recommends from the whole history, "test" and "validation" from what evaluation sees.
       users: a CSV or Parquet file of user ids or of new histories; None for all users.
       cache_dir: memory-mapped copies of the shards; empty for the run's own setting.
+      at: when the recommendations are asked for, in seconds since 1970, of a model that looks at it; None for the time
+        of the log's last event, or the file's, or of evaluation's targets.
     """
 
     k: int = 100
@@ -45,6 +47,24 @@ class ScoreOptions:
     split: str = "all"
     users: Path | None = None
     cache_dir: str = ""
+    at: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _AskedAt:
+    """Histories that are all asked for at one moment, in seconds since the dataset's first event."""
+
+    source: HistorySource
+    moment: int
+
+    def last_items(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> np.ndarray:
+        return self.source.last_items(users_B, ends_B, size)
+
+    def windows(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> Windows:
+        return self.source.windows(users_B, ends_B, size)
+
+    def asked(self, users_B: np.ndarray, ends_B: np.ndarray) -> np.ndarray:
+        return np.full(len(users_B), self.moment, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +100,7 @@ def score(run: Run, out: Path, options: ScoreOptions, processes: Processes = ALO
     number = run.items.number
     if options.k > number:
         raise ConfigError(f"--k={options.k}: the catalogue has {number:,} items; give {number} or less")
-    work = processes.agree(lambda: _work(run, options))
+    work = processes.agree(lambda: _asked_at(run, options, _work(run, options)))
     weights = tree_digest((run.params, run.tables))
     manifest = processes.agree(lambda: _manifest(run, options, weights))
     processes.check_same(manifest, "start all with the same flags and the same users")
@@ -143,9 +163,7 @@ def _work(run: Run, options: ScoreOptions) -> _Work:
     if table is not None and has_histories(table):
         return _work_of_file(run, options, table)
     stored = Histories(run.dataset, options.cache_dir or run.config.data.cache_dir)
-    ends_U = (
-        stored.lengths if options.split == "all" else asked(make_splits(stored, run.config), options.split)
-    )
+    ends_U = stored.lengths if options.split == "all" else _ends(stored, run, options.split)
     without = f"users without a {options.split} target left out"
     if table is not None:
         chosen, notes = _known(stored, table.column("user_id").to_pylist(), options.users)
@@ -163,7 +181,12 @@ def _work_of_file(run: Run, options: ScoreOptions, table: pa.Table) -> _Work:
         raise ConfigError(
             f"--split={options.split}: {options.users} brings its own histories; leave the flag out"
         )
-    histories = new_histories(table, run.item_ids, options.users)
+    data = run.dataset
+    histories = new_histories(table, run.item_ids, options.users, data.first_time, data.event_types)
+    if run.model.sight.needs_times and histories.times is None:
+        raise DataError(
+            f"{options.users}: has no times, and the model looks at them; expected a column time, or lists times"
+        )
     notes = _told(histories.unknown_items, "events of unknown items left out")
     notes += _told(histories.empty_users, "users without a known item left out")
     ids = histories.users
@@ -173,6 +196,36 @@ def _work_of_file(run: Run, options: ScoreOptions, table: pa.Table) -> _Work:
         _chunks(np.arange(len(ids)), histories.lengths),
         notes,
     )
+
+
+def _ends(stored: Histories, run: Run, split: str) -> np.ndarray:
+    """int64[U], the event that evaluation asks each user for; NONE for nobody."""
+    users, ends = asked(make_splits(stored, run.config), split)
+    if len(np.unique(users)) < len(users):
+        raise ConfigError(
+            f"--split={split}: the run's evaluation.targets is {run.config.evaluation.targets!r}, which asks a "
+            "user for several events, and a user gets one list; leave the flag out"
+        )
+    ends_U = np.full(stored.users, NONE, np.int64)
+    ends_U[users] = ends
+    return ends_U
+
+
+def _asked_at(run: Run, options: ScoreOptions, work: _Work) -> _Work:
+    """The work, asked for at `options.at`; ConfigError where nothing would look at that."""
+    if options.at is None:
+        return work
+    if not run.model.sight.query_time:
+        raise ConfigError(
+            f"--at: the model of {run.path} does not look at the time of a request (model.query_time is False); "
+            "leave it out"
+        )
+    if options.split != "all":
+        raise ConfigError(
+            f"--at: --split={options.split} asks at the time of its targets; leave one of them out"
+        )
+    moment = int(from_start(np.array([options.at]), run.dataset.first_time or 0)[0])
+    return dataclasses.replace(work, source=_AskedAt(work.source, moment))
 
 
 def _known(stored: Histories, wanted: list[str], path: Path | None) -> tuple[np.ndarray, list[str]]:
@@ -222,6 +275,7 @@ def _manifest(run: Run, options: ScoreOptions, weights: str) -> dict[str, Any]:
         "filter_seen": options.filter_seen,
         "split": options.split,
         "users": users,
+        **({} if options.at is None else {"at": options.at}),
         **({} if run.new is None else {"items": _of_table(run.new.table)}),
     }
 

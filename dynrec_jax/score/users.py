@@ -1,7 +1,9 @@
 """Who is scored: a file of user ids, or of whole new histories."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
+from dynrec_jax.data.cache import Windows, from_start
 from dynrec_jax.errors import DataError
 
 USER = ("user_id", "user")
@@ -23,6 +26,9 @@ class NewHistories:
       users: ids, in the order of the file.
       items: int32, item indices of all histories, one after the other.
       starts: int64[U + 1], where each history begins in `items`.
+      times: int32, seconds since the dataset's first event, as `items`; None where the file has none.
+      events: int32, event types as the dataset counts them, 0 for none and for unknown ones, as `items`.
+      moment: when recommendations are asked for: with the last event of the file.
       unknown_items: events left out because the model knows no such item.
       empty_users: users left out because no event was left.
     """
@@ -30,6 +36,9 @@ class NewHistories:
     users: list[str]
     items: np.ndarray
     starts: np.ndarray
+    times: np.ndarray | None
+    events: np.ndarray
+    moment: int
     unknown_items: int
     empty_users: int
 
@@ -40,12 +49,22 @@ class NewHistories:
 
     def last_items(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> np.ndarray:
         """int32[B, size], the last items before event number `end` of each user; a user of -1 has none."""
+        return self.windows(users_B, ends_B, size).items
+
+    def windows(self, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> Windows:
+        """The last events before event number `end` of each user, as `data.cache.Histories` gives them."""
         real_B = users_B >= 0
         ends_B = np.where(real_B, ends_B, 0)
         at_BxW = np.maximum(ends_B - size, 0)[:, None] + np.arange(size)
         inside = at_BxW < ends_B[:, None]
         place = np.where(inside, self.starts[np.where(real_B, users_B, 0)][:, None] + at_BxW, 0)
-        return np.where(inside, self.items[place], 0).astype(np.int32)
+        zeros = np.zeros_like(self.items)
+        columns = self.items, zeros if self.times is None else self.times, self.events
+        return Windows(*(np.where(inside, column[place], 0).astype(np.int32) for column in columns))
+
+    def asked(self, users_B: np.ndarray, ends_B: np.ndarray) -> np.ndarray:
+        """int32[B], `moment`."""
+        return np.full(len(users_B), self.moment, np.int32)
 
 
 def read_table(path: Path) -> pa.Table:
@@ -100,42 +119,77 @@ def has_histories(table: pa.Table) -> bool:
     return "item" in table.column_names or any(name in table.column_names for name in LISTS)
 
 
-def new_histories(table: pa.Table, item_ids: pa.Array, path: Path | None) -> NewHistories:
+class _Events(NamedTuple):
+    """Events of a file, those of a user in their order.
+
+    Attributes:
+      users: ids.
+      parents: int64, number of each event's user.
+      items: ids of items.
+      times: int64, seconds since 1970; None where the file has none.
+      types: names of event types; None where the file has none.
+    """
+
+    users: list[str]
+    parents: np.ndarray
+    items: pa.Array
+    times: np.ndarray | None
+    types: pa.Array | None
+
+
+def new_histories(
+    table: pa.Table,
+    item_ids: pa.Array,
+    path: Path | None,
+    first_time: int | None = None,
+    event_types: Sequence[str] = (),
+) -> NewHistories:
     """Histories of a users file; unknown items are left out and counted.
 
     Args:
       table: as `read_table` gives it: a list of items a row, oldest first, or an item a row, ordered by a column
-        `time` where there is one and by row where there is not.
+        `time` where there is one and by row where there is not. Lists may have lists `times` and `events` beside them,
+        rows a column `event`.
       item_ids: of the items that are known, by index.
       path: of the file, for messages.
+      first_time: of the dataset, in seconds since 1970.
+      event_types: of the dataset, by index from 1.
 
     Raises:
       DataError: a column of another type, a user with two lists, or no known item at all.
     """
     place = path or Path("users")
     lists = next((name for name in LISTS if name in table.column_names), None)
-    users, parents, items = _of_lists(table, lists, place) if lists else _of_rows(table, place)
-    index = pc.index_in(items, item_ids.cast(pa.string()))
+    found = _of_lists(table, lists, place) if lists else _of_rows(table, place)
+    index = pc.index_in(found.items, item_ids.cast(pa.string()))
     known = index.is_valid().to_numpy(zero_copy_only=False)
-    parents, numbers = parents[known], index.drop_null().to_numpy().astype(np.int32) + 1
+    parents, numbers = found.parents[known], index.drop_null().to_numpy().astype(np.int32) + 1
     order = np.argsort(parents, kind="stable")
-    counts = np.bincount(parents, minlength=len(users))
+    counts = np.bincount(parents, minlength=len(found.users))
     kept = np.nonzero(counts)[0]
     if len(kept) == 0:
         raise DataError(
             f"{place}: no item of these histories is in the model's catalogue of {len(item_ids):,} items"
         )
+    times = None if found.times is None else from_start(found.times, first_time or 0)[known][order]
+    events = np.zeros(len(numbers), np.int32)
+    if found.types is not None and event_types:
+        type_ = pc.fill_null(pc.index_in(found.types, pa.array(event_types, pa.string())), -1)
+        events = type_.to_numpy(zero_copy_only=False)[known][order].astype(np.int32) + 1
     return NewHistories(
-        users=[users[i] for i in kept],
+        users=[found.users[i] for i in kept],
         items=numbers[order],
         starts=np.concatenate([[0], np.cumsum(counts[kept])]).astype(np.int64),
+        times=times,
+        events=events,
+        moment=0 if times is None else int(times.max()),
         unknown_items=int((~known).sum()),
-        empty_users=len(users) - len(kept),
+        empty_users=len(found.users) - len(kept),
     )
 
 
-def _of_lists(table: pa.Table, name: str, path: Path) -> tuple[list[str], np.ndarray, pa.Array]:
-    """Users, and for every event the number of its user and its item."""
+def _of_lists(table: pa.Table, name: str, path: Path) -> _Events:
+    """Of a table with a list of items a row."""
     column = table.column(name).combine_chunks()
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         raise DataError(f"{path}: column {name} is {column.type}; expected lists of item ids, oldest first")
@@ -144,18 +198,50 @@ def _of_lists(table: pa.Table, name: str, path: Path) -> tuple[list[str], np.nda
         twice = next(user for i, user in enumerate(users) if user in users[:i])
         raise DataError(f"{path}: user {twice!r} has two rows; expected one list a user")
     items = _strings(pa.chunked_array([pc.list_flatten(column)]), name, path)
-    return users, pc.list_parent_indices(column).to_numpy(), items
+
+    def beside(other: str) -> pa.ChunkedArray | None:
+        """The values of another column of lists."""
+        if other not in table.column_names:
+            return None
+        values = table.column(other).combine_chunks()
+        lists = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+        if not lists or not pc.list_value_length(values).equals(pc.list_value_length(column)):
+            raise DataError(f"{path}: column {other}: expected a list as long as {name} in each row")
+        return pa.chunked_array([pc.list_flatten(values)])
+
+    times, types = beside("times"), beside("events")
+    return _Events(
+        users,
+        pc.list_parent_indices(column).to_numpy(),
+        items,
+        None if times is None else _seconds(times, path),
+        None if types is None else _strings(types, "events", path),
+    )
 
 
-def _of_rows(table: pa.Table, path: Path) -> tuple[list[str], np.ndarray, pa.Array]:
-    """As `_of_lists`, of a table with an item a row."""
+def _of_rows(table: pa.Table, path: Path) -> _Events:
+    """Of a table with an item a row."""
+    times = None
     if "time" in table.column_names:
-        _check_times(table.column("time"), path)
-        number = pa.array(np.arange(table.num_rows))
-        table = table.append_column("_row", number).sort_by([("time", "ascending"), ("_row", "ascending")])
+        seconds = _seconds(table.column("time"), path)
+        order = np.argsort(seconds, kind="stable")
+        table, times = table.take(pa.array(order)), seconds[order]
     encoded = table.column("user_id").combine_chunks().dictionary_encode()
     parents = encoded.indices.to_numpy(zero_copy_only=False)
-    return encoded.dictionary.to_pylist(), parents, _strings(table.column("item"), "item", path)
+    items = _strings(table.column("item"), "item", path)
+    types = _strings(table.column("event"), "event", path) if "event" in table.column_names else None
+    return _Events(encoded.dictionary.to_pylist(), parents, items, times, types)
+
+
+def _seconds(times: pa.ChunkedArray, path: Path) -> np.ndarray:
+    """int64, whole seconds since 1970; DataError for what is no time."""
+    _check_times(times, path)
+    if pa.types.is_temporal(times.type):
+        times = times.cast(pa.timestamp("s", getattr(times.type, "tz", None)), safe=False).cast(pa.int64())
+    values = times.combine_chunks().to_numpy(zero_copy_only=False)
+    if not np.isfinite(values).all():
+        raise DataError(f"{path}: a time is not finite; expected seconds since 1970")
+    return np.floor(values).astype(np.int64)
 
 
 def _check_times(times: pa.ChunkedArray, path: Path) -> None:

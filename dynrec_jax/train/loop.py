@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 from dynrec_jax.config import describes_items, tunes_text
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.cold import cold_items
-from dynrec_jax.data.examples import NONE, Splits
+from dynrec_jax.data.examples import Splits
 from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
 from dynrec_jax.evaluate.evaluator import Evaluator
+from dynrec_jax.models.blocks import hidden_width
 from dynrec_jax.models.features import Items, read_items
-from dynrec_jax.models.layers import hidden_width
 from dynrec_jax.models.model import MODELS, Model
 from dynrec_jax.models.towers.ids import SEEN
 from dynrec_jax.negatives import running_counts, sampling
@@ -337,7 +337,7 @@ def _evaluator(
     processes: Processes,
     items: Items,
 ) -> Evaluator | None:
-    if not any(processes.exchange(bool((splits.validation != NONE).any()))):
+    if not any(processes.exchange(bool(len(splits.validation.users)))):
         return None
     return Evaluator(histories, splits, "validation", model, config, mesh, processes, items)
 

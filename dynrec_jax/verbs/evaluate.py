@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dynrec_jax.errors import ConfigError, MachineError
 from dynrec_jax.parallel.processes import ALONE, Processes, join
+from dynrec_jax.verbs import drift, prequential
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.telling import teller
 
@@ -21,6 +22,20 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "run folder", flag_values=values)
     flags.DEFINE_enum("split", "test", ["validation", "test"], "which targets", flag_values=values)
+    flags.DEFINE_boolean(
+        "drift",
+        False,
+        "also in parts of the queries: by time, change of interest, history, age and popularity; with a plot",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "prequential",
+        0,
+        "walk through the time after training in so many periods, each scored before it is learnt from; trains anew "
+        "for each but the first",
+        lower_bound=0,
+        flag_values=values,
+    )
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
     flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
@@ -33,12 +48,35 @@ def run(values: flags.FlagValues) -> None:
         raise ConfigError("--workdir is missing; expected a run folder made by `dynrec train`")
     step = parse_step(values.step)
     processes = join()
-    result = measure(Path(values.workdir), values.split, step, values.dataset, values.cache_dir, processes)
+    if (values.drift or values.prequential) and processes.count > 1:
+        name = "drift" if values.drift else "prequential"
+        raise ConfigError(f"--{name}: is measured by one process, and this is one of several; start one")
+    if values.prequential:
+        _walk(Path(values.workdir), values.prequential, step, values.dataset, values.cache_dir)
+        return
+    result = measure(
+        Path(values.workdir), values.split, step, values.dataset, values.cache_dir, processes, values.drift
+    )
     if not processes.first:
         return
+    parts = result.pop("drift", None)
     show(result)  # first: numbers that took long must not be lost with a folder that cannot be written
+    if parts is not None:
+        drift.show(parts)
     write(Path(values.workdir), result)
     print(f"written to {values.workdir}/evaluation/{values.split}.json")
+    if parts is not None:
+        print("written to " + " and ".join(map(str, drift.write(Path(values.workdir), parts))))
+
+
+def _walk(workdir: Path, periods: int, step: str | int, dataset: str | None, cache_dir: str | None) -> None:
+    """The prequential mode: measures, shows and writes."""
+    from dynrec_jax import workdir as workdirs
+
+    keep_programs(workdirs.open_config(workdir), cache_dir, ALONE)
+    result = prequential.measure(workdir, workdirs.open(workdir, step, dataset), periods, cache_dir)
+    prequential.show(result)
+    print("written to " + " and ".join(map(str, prequential.write(workdir, result))))
 
 
 def parse_step(text: str) -> str | int:
@@ -57,8 +95,12 @@ def measure(
     dataset: str | None = None,
     cache_dir: str | None = None,
     processes: Processes = ALONE,
+    parts: bool = False,
 ) -> dict[str, Any]:
-    """Metrics, baselines and protocol, as `write` writes them; several processes share the users."""
+    """Metrics, baselines and protocol, as `write` writes them; several processes share the users.
+
+    With `parts`, "drift" is what `verbs.drift` measures.
+    """
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.data.cache import Histories
     from dynrec_jax.data.pipeline import make_splits
@@ -94,6 +136,8 @@ def measure(
     if spec is not None:
         result["oracle"] = evaluator.metrics_of(oracle_lists(spec, opened.dataset, evaluator.recommender.k))
     result["dataset"] = opened.dataset.content
+    if parts:
+        result["drift"] = drift.measure(opened, evaluator, lists)
     return result
 
 
@@ -119,9 +163,9 @@ def show(result: dict[str, Any]) -> None:
     caption = (
         f"{protocol['split']}, whole catalogue, {seen}, ties: {protocol['ties']}; leak: {protocol['leak']}"
     )
-    table = Table(
-        title=f"{result['split']}: {result['users']:,} users, {result['catalogue']:,} items", caption=caption
-    )
+    asked = "queries" if protocol.get("targets") == "all" else "users"
+    title = f"{result['split']}: {result['users']:,} {asked}, {result['catalogue']:,} items"
+    table = Table(title=title, caption=caption)
     table.add_column("metric")
     for name in columns:
         table.add_column(name, justify="right")

@@ -3,6 +3,7 @@
 Columns: user_id (string), item_ids (list of string, best first), scores (list of float).
 """
 
+import datetime
 from pathlib import Path
 
 from absl import flags
@@ -35,6 +36,13 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_enum(
         "split", "all", ["all", "test", "validation"], "which history to recommend from", flag_values=values
     )
+    flags.DEFINE_string(
+        "at",
+        None,
+        "when the lists are asked for, as 2026-01-31, 2026-01-31T20:15 (UTC) or seconds since 1970, for a model with "
+        "model.query_time [the time of the last event]",
+        flag_values=values,
+    )
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
     flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
@@ -65,9 +73,29 @@ def run(values: flags.FlagValues) -> None:
         split=values.split,
         users=Path(values.users) if values.users else None,
         cache_dir=values.cache_dir or "",
+        at=None if values.at is None else parse_moment(values.at),
     )
     done = score(opened, Path(values.out), options, processes)
     if not processes.first:
         return
     told = f" ({done['skipped']} were there already)" if done["skipped"] else ""
     print(f"{done['users']:,} users, {done['parts']} parts in {values.out}{told}")
+
+
+def parse_moment(text: str) -> int:
+    """Seconds since 1970 of a date, a time of day (UTC unless it says another zone), or such seconds themselves.
+
+    Raises:
+      ConfigError: it is none of them.
+    """
+    if text.isascii() and text.isdigit() and len(text) > 4:
+        return int(text)
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(
+            f"--at={text}: expected a date such as 2026-01-31, a time such as 2026-01-31T20:15, or seconds since 1970"
+        ) from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=datetime.UTC)
+    return int(moment.timestamp())

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dynrec_jax.models.user_encoder import Moments, UserEncoder
+from dynrec_jax.models.user_encoder import Moments, Sight, UserEncoder
 
 DIM, HEADS, LAYERS, BUCKETS = 64, 2, 2, 32
 KINDS, REMAT = ("plain", "packed", "timed"), ("none", "products", "block")
@@ -65,7 +65,8 @@ def measure(kind: str, remat: str, length: int, dtype: str) -> dict[str, Any]:
         feedforward=4.0,
         dropout=0.0,
         dtype=jnp.dtype(dtype),
-        time_buckets=BUCKETS if kind == "timed" else 0,
+        sight=Sight(time=("bias",), time_buckets=BUCKETS) if kind == "timed" else Sight(),
+        interests=1,
         remat=remat,
         scan_layers=False,
     )

@@ -70,7 +70,8 @@ def lists_bytes(config: ml_collections.ConfigDict, items: int, users: int) -> in
     params = _params(model)
     vectors_RxD = shape(rows_for(items), config.model.dim, dtype=jnp.float32)
     with jax.set_mesh(mesh):
-        read = recommender._encode.lower(params, vectors_RxD, shape(users, config.data.max_length))
+        history = model.sight.shapes(users, config.data.max_length, shape)
+        read = recommender._encode.lower(params, vectors_RxD, history)
         rank = recommender._rank.lower(
             shape(users, config.model.dim, dtype=jnp.float32),
             vectors_RxD,

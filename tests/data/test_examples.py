@@ -10,19 +10,22 @@ from dynrec_jax.errors import ConfigError
 def test_leave_one_out_asks_for_the_last_two_events():
     splits = examples.leave_one_out(np.array([1, 2, 3, 7]))
     assert splits.train_end.tolist() == [1, 2, 1, 5]
-    assert splits.validation.tolist() == [-1, -1, 1, 5]
-    assert splits.test.tolist() == [-1, -1, 2, 6]
+    assert [each.tolist() for each in splits.validation] == [[2, 3], [1, 5]]
+    assert [each.tolist() for each in splits.test] == [[2, 3], [2, 6]]
 
 
-def test_global_time_asks_for_the_first_event_of_each_period():
-    #                 all train, all periods, no history, only test events, no validation event, too short
-    lengths = np.array([5, 8, 4, 6, 6, 2])
-    before_validation = np.array([5, 3, 0, 0, 4, 1])
-    before_test = np.array([5, 6, 2, 0, 4, 1])
-    splits = examples.global_time(lengths, before_validation, before_test)
-    assert splits.train_end.tolist() == [5, 3, 0, 0, 4, 1], "nothing from the first moment on is learnt from"
-    assert splits.validation.tolist() == [-1, 3, -1, -1, -1, -1]
-    assert splits.test.tolist() == [-1, 6, 2, -1, 4, -1]
+def test_who_has_two_targets_after_a_first_event_is_asked():
+    # Of the last: the event before is the first of all, so there is no history to ask from.
+    lengths, validation, test = np.array([9, 9, 9, 3]), np.array([4, -1, -1, 0]), np.array([7, 8, -1, 2])
+    splits = examples.leave_one_out(lengths, validation, test)
+    assert splits.train_end.tolist() == [4, 9, 9, 3]
+    assert [each.tolist() for each in splits.test] == [[0], [7]]
+
+
+def test_an_event_is_asked_for_after_another_and_of_users_with_three():
+    asked = examples.Asked(np.array([0, 1, 1, 2]), np.array([1, 0, 2, 4]))
+    found = examples.able(asked, np.array([2, 3, 5]))
+    assert [each.tolist() for each in found] == [[1, 2], [2, 4]]
 
 
 @pytest.mark.parametrize(("batch", "shards"), [(8, 4), (4, 8), (12, 4), (1, 64)])

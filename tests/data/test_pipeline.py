@@ -203,7 +203,7 @@ def test_a_process_whose_shards_are_empty_supplies_empty_rows(tmp_path: Path):
 def test_a_time_split_cuts_all_histories_at_the_same_moments(timed_dataset: Dataset, cache_dir: Path):
     held = Histories(timed_dataset, cache_dir)
     config = tiny.config(evaluation__split="global_time", evaluation__holdout=0.2)
-    validation, test = time_cuts(held, 0.2)
+    validation, test = time_cuts(held, config.evaluation)
     first = 1_600_000_000
     # One event a minute: the cuts are near the 180th and the 240th of 300 events.
     assert abs((validation - first) / 60 - 180) <= 1
@@ -211,13 +211,13 @@ def test_a_time_split_cuts_all_histories_at_the_same_moments(timed_dataset: Data
     splits = make_splits(held, config)
     rows = [row for shard in range(4) for row in timed_dataset.read_shard(shard).to_pylist()]
     for user, row in enumerate(rows):
-        trained, asked = splits.train_end[user], splits.validation[user]
+        trained = splits.train_end[user]
         assert all(t < validation for t in row["times"][:trained])
         assert all(t >= validation for t in row["times"][trained:])
-        if asked != examples.NONE:
-            assert validation <= row["times"][asked] < test
-        if splits.test[user] != examples.NONE:
-            assert row["times"][splits.test[user]] >= test > row["times"][splits.test[user] - 1]
+    for user, end in zip(*splits.validation, strict=True):
+        assert validation <= rows[user]["times"][end] < test
+    for user, end in zip(*splits.test, strict=True):
+        assert rows[user]["times"][end] >= test > rows[user]["times"][end - 1]
 
 
 def test_a_time_split_without_times_is_refused(histories: Histories):

@@ -10,10 +10,11 @@ import pytest
 
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.dataset import Dataset
-from dynrec_jax.data.examples import NONE, Splits
+from dynrec_jax.data.examples import NONE, Splits, one_each
 from dynrec_jax.data.pipeline import make_splits, time_cuts
 from dynrec_jax.errors import DataError
-from dynrec_jax.evaluate.evaluator import Evaluator, popularity_counts
+from dynrec_jax.evaluate.evaluator import Evaluator
+from dynrec_jax.evaluate.popular import popularity_counts
 from dynrec_jax.evaluate.recommender import NonFiniteScores
 
 from .. import tiny
@@ -162,12 +163,14 @@ def test_the_protocol_says_what_the_numbers_mean(
     assert evaluator(held, items=12).protocol()["leak"].startswith("training events of some users are later")
     timed = evaluator(held, items=12, evaluation__split="global_time").protocol()
     assert timed["leak"] == "none"
-    assert (timed["validation_from"], timed["test_from"]) == time_cuts(held, 0.1)
+    assert (timed["validation_from"], timed["test_from"]) == time_cuts(held, tiny.config().evaluation)
 
 
 def test_nobody_to_ask_is_refused(histories: Histories):
     config = tiny.config(**CONFIG)
-    nobody = np.full(histories.users, NONE)
+    nobody = one_each(np.full(histories.users, NONE))
     model, _, _ = tiny.bstm(ITEMS)
     with pytest.raises(DataError, match="no user has a test target; a user needs three events or more"):
-        Evaluator(histories, Splits(nobody, nobody, nobody), "test", model, config, tiny.mesh(1, 1, 1))
+        Evaluator(
+            histories, Splits(histories.lengths, nobody, nobody), "test", model, config, tiny.mesh(1, 1, 1)
+        )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynrec_jax.batch import History
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.evaluate.recommender import (
     Lists,
@@ -42,7 +43,9 @@ def test_lists_are_the_models_by_a_stable_sort(histories: Histories, filter_seen
     model, params, tables = tiny.bstm(ITEMS)
     items = histories.windows(users, histories.lengths[users], 8).items
     whole = histories.windows(users, histories.lengths[users], 64).items
-    u = np.asarray(jax.jit(lambda: model.last_vector(params, tables["item_id"][items], jnp.asarray(items)))())
+    u = np.asarray(
+        jax.jit(lambda: model.last_vector(params, tables["item_id"][items], History(jnp.asarray(items))))()
+    )
     scores = u @ np.asarray(tables["item_id"])[1 : ITEMS + 1].T / (0.5 * np.sqrt(8 + 8))
     for at in range(len(users)):
         if filter_seen:

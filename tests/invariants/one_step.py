@@ -44,6 +44,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "gbce": {"loss__kind": "gbce"},
     # Everything at once: several sources of negatives, parts of a batch, clipping, Adam of rows.
     "together": {"loss__kind": "sampled", "loss__sampler": "mixed", "train__clip_norm": 0.5},
+    # All that can be told of events, in HSTU's blocks, with several interests.
+    "timed": {
+        "model__block": "hstu",
+        "model__positions": "relative",
+        "model__time": ("bias", "rotary", "sinusoidal"),
+        "model__query_time": True,
+        "model__events": True,
+        "model__attention_window": 5,
+        "model__interests": 2,
+        "loss__event_weights": ("buy:3",),
+    },
     # BERT in the loop, with its dropout; some items are never seen, some have no text.
     "text": {"item__fusion": "both", **TEXT_KEYS},
     "text_ensemble": {
@@ -65,7 +76,7 @@ def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
     c = tiny.config(model__dropout=0.3, loss__block_items=20, loss__negatives=16, **KINDS[kind])
     rate = optax.piecewise_constant_schedule(1.0, {1: 0.1})
     together = kind == "together"
-    items = texts.items(ITEMS) if kind.startswith("text") else Items(ITEMS)
+    items = texts.items(ITEMS) if kind.startswith("text") else Items(ITEMS, event_types=("view", "buy"))
     model, tx = items.model(c), optax.sgd(rate)
     rows = lazy_adam() if together else rowwise_adagrad()
     batch = place_batch(mesh, process)
@@ -103,7 +114,9 @@ def whole_batch() -> Batch:
     w = [
         (n, rng.integers(1, ITEMS + 1, length).tolist()) for n, length in enumerate([9, 4, 5, 7, 2, 9, 3], 1)
     ]
-    return tiny.batch([[w[0]], [w[1], w[2]], [w[3], w[4]], [w[5]], [], [w[6]], [], []], 9)
+    batch = tiny.batch([[w[0]], [w[1], w[2]], [w[3], w[4]], [w[5]], [], [w[6]], [], []], 9)
+    times = (2 ** rng.uniform(0, 20, batch.items.shape)).astype(np.int32).cumsum(axis=1)
+    return batch._replace(times=times, events=rng.integers(0, 3, batch.items.shape, np.int32))
 
 
 def place_batch(mesh: Mesh, process: int) -> Batch:
@@ -116,7 +129,7 @@ def place_batch(mesh: Mesh, process: int) -> Batch:
 def lists(model: Model, mesh: Mesh, state: Any) -> tuple[np.ndarray, np.ndarray]:
     """ABRA's lists for eight fixed queries with the trained table."""
     rng = np.random.default_rng(1)
-    queries = rng.normal(size=(8, model.abra.dim)).astype(np.float32)
+    queries = rng.normal(size=(8, model.abra.width)).astype(np.float32)
     seen = rng.integers(0, ITEMS + 1, (8, 4)).astype(np.int32)
 
     def best(tables: Any, queries: Any, seen: Any) -> Any:

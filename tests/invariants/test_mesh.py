@@ -17,6 +17,7 @@ QUICK = [
     ("together", (2, 2, 2)),
     ("gbce", (1, 8, 1)),
     ("text", (2, 2, 2)),
+    ("timed", (2, 2, 2)),
 ]
 MESHES = [
     pytest.param(kind, sizes, marks=[] if (kind, sizes) in QUICK else pytest.mark.slow)

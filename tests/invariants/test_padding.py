@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynrec_jax.batch import History
 from dynrec_jax.models.model import make_bstm
 from dynrec_jax.train.loop import setup
 from dynrec_jax.train.step import Inputs
@@ -17,7 +18,7 @@ def test_id_0_is_never_recommended_even_where_its_row_would_win():
     model, params, tables = tiny.bstm(ITEMS)
     history = np.array([[3, 5, 0, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8]])
     # Padding and the rows behind the last item get the user's own direction, many times as long as any item.
-    u_BxD = model.last_vector(params, tables["item_id"][history], jnp.asarray(history))
+    u_BxD = model.last_vector(params, tables["item_id"][history], History(jnp.asarray(history)))
     table = tables["item_id"].at[0].set(1e3 * u_BxD[0]).at[ITEMS + 1 :].set(1e3 * u_BxD[0])
     answer = model.abra.recommend(u_BxD, table, jnp.asarray([[3, 5, 3], [1, 2, 4]]), ITEMS)
     ids = np.asarray(answer.ids)

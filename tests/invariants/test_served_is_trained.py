@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynrec_jax.batch import History
 from dynrec_jax.models.bstm import Rows
 
 from .. import tiny
@@ -31,7 +32,9 @@ def test_the_softmax_of_the_served_scores_gives_the_training_loss(changes: dict[
     def serve() -> tuple[jax.Array, jax.Array]:
         catalogue = model.ready(model.catalogue(params, tables))
         none = jnp.zeros((5, 1), jnp.int32)
-        answer = model.recommend(params, table_RxD[prefixes], jnp.asarray(prefixes), catalogue, none, ITEMS)
+        answer = model.recommend(
+            params, table_RxD[prefixes], History(jnp.asarray(prefixes)), catalogue, none, ITEMS
+        )
         return answer.ids, answer.scores
 
     ids, scores = (np.asarray(x) for x in jax.jit(serve)())

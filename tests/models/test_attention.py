@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from dynrec_jax.models import attention as module
-from dynrec_jax.models.attention import Direction, TimeBias, attention, attention_at, bounds, time_bucket
+from dynrec_jax.models.attention import Direction, Way, attention, attention_at, bounds
+from dynrec_jax.models.bias import Bias, distance_bias_of, time_bias_of
 
-HEADS, FEATURES, BUCKETS = 2, 4, 10
+HEADS, FEATURES, BUCKETS, DISTANCES = 2, 4, 10, 7
 # Three rows: positions that may look anywhere, a row packed with histories and padding, and one history.
 PACKED = (0.4, 0.05, 0.3)  # shares of the row; the rest is padding
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
@@ -56,8 +57,21 @@ def times_of(length: int) -> np.ndarray:
     return np.minimum(steps, 2**31 - 1).astype(np.int32)
 
 
-def table_of(length: int) -> np.ndarray:
-    return np.random.default_rng(length + 2).normal(size=(HEADS, BUCKETS)).astype(np.float32)
+def table_of(length: int, columns: int = BUCKETS) -> np.ndarray:
+    return np.random.default_rng(length + 2).normal(size=(HEADS, columns)).astype(np.float32)
+
+
+def bias_of(length: int, kind: str, tables: Any = None) -> Bias | None:
+    """By "time", by "distance", or by "both"; queries ask later than their own time, and some earlier."""
+    if kind == "none":
+        return None
+    time, distance = (table_of(length), table_of(length, DISTANCES)) if tables is None else tables
+    times = times_of(length)
+    asked = np.minimum(np.roll(times, -1, axis=1), 2**31 - 1)
+    return Bias(
+        *((time, asked, times) if kind in ("time", "both") else (None, None, None)),
+        distance if kind in ("distance", "both") else None,
+    )
 
 
 def bucket_of(gap: int, buckets: int) -> int:
@@ -68,83 +82,118 @@ def bucket_of(gap: int, buckets: int) -> int:
     return (16 * octave + sixteenths) * buckets // (32 * 16)
 
 
-def plain(q: Any, k: Any, v: Any, reach: Any, direction: Direction, bias: TimeBias | None = None) -> Any:
+def plain(q: Any, k: Any, v: Any, reach: Any, way: Way, bias: Bias | None = None) -> Any:
     """The formula, with a mask and the bias written out pair by pair."""
     rows, length = reach.shape
     may = np.zeros((rows, length, length), bool)
     for b, t in np.ndindex(rows, length):
-        may[b, t, max(t - reach[b, t], 0) : t + 1] = direction == "forward"
-        may[b, t, t : t + reach[b, t] + 1] |= direction == "backward"
+        may[b, t, max(t - reach[b, t], 0) : t + 1] = way.direction == "forward"
+        may[b, t, t : t + reach[b, t] + 1] |= way.direction == "backward"
     s = jnp.einsum("bhqe,bhke->bhqk", q, k)
-    if bias is not None:
-        times = np.asarray(bias.times).tolist()
-        bucket = np.asarray(
-            [[[bucket_of(abs(one - other), BUCKETS) for other in row] for one in row] for row in times]
-        )
-        s = s + bias.table[:, bucket].swapaxes(0, 1)
-    return jax.nn.softmax(s, axis=-1, where=may[:, None]) @ v
+    if bias is not None and bias.time is not None:
+        pairs = zip(np.asarray(bias.asked).tolist(), np.asarray(bias.times).tolist(), strict=True)
+        bucket = [
+            [[bucket_of(abs(one - other), BUCKETS) for other in row] for one in asked] for asked, row in pairs
+        ]
+        s = s + bias.time[:, np.asarray(bucket)].swapaxes(0, 1)
+    if bias is not None and bias.distance is not None:
+        at = np.arange(length)
+        s = s + bias.distance[:, np.minimum(abs(at[:, None] - at), DISTANCES - 1)][None]
+    if not way.pointwise:
+        return jax.nn.softmax(s, axis=-1, where=may[:, None]) @ v
+    return (s * jax.nn.sigmoid(s) * may[:, None]) @ v / may.sum(axis=-1)[:, None, :, None]
 
 
-def agree_with_the_formula(length: int, direction: Direction, timed: bool, rtol: float = 1e-5) -> None:
-    """Means and the gradients in queries, keys, values and the table, to `rtol` of the largest of each."""
-    q, k, v, reach = arguments(length, direction)
+def agree_with_the_formula(length: int, way: Way, kind: str, rtol: float = 1e-5) -> None:
+    """Means and the gradients in queries, keys, values and the tables, to `rtol` of the largest of each."""
+    q, k, v, reach = arguments(length, way.direction)
+    reach = np.minimum(reach, way.window - 1) if way.window else reach
     pull = np.random.default_rng(7).normal(size=q.shape).astype(np.float32)
-    times, table = times_of(length), table_of(length)
-
-    def biased(table: Any) -> TimeBias | None:
-        return TimeBias(table, times) if timed else None
+    tables = table_of(length), table_of(length, DISTANCES)
 
     @jax.jit
-    def both(q: Any, k: Any, v: Any, table: Any) -> Any:
+    def both(q: Any, k: Any, v: Any, tables: Any) -> Any:
         found, back = jax.vjp(
-            lambda q, k, v, table: attention(q, k, v, jnp.asarray(reach), direction, biased(table)),
-            *(q, k, v, table),
+            lambda q, k, v, tables: attention(
+                q, k, v, jnp.asarray(reach), way, bias_of(length, kind, tables)
+            ),
+            *(q, k, v, tables),
         )
         expected, back_expected = jax.vjp(
-            lambda q, k, v, table: plain(q, k, v, reach, direction, biased(table)), q, k, v, table
+            lambda q, k, v, tables: plain(q, k, v, reach, way, bias_of(length, kind, tables)), q, k, v, tables
         )
         return (found, *back(pull)), (expected, *back_expected(pull))
 
-    for a, b in zip(*both(q, k, v, table), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, both(q, k, v, tables)), strict=True):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * max(1.0, float(abs(b).max())))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("length", "timed"), [(1, False), (8, False), (33, True)])
-def test_blocks_give_the_formula_and_its_gradient(length: int, direction: Direction, timed: bool):
-    agree_with_the_formula(length, direction, timed)
+@pytest.mark.parametrize(
+    ("length", "kind", "window", "pointwise"),
+    [
+        (1, "none", 0, False),
+        (8, "none", 0, False),
+        (33, "both", 0, False),
+        (33, "time", 5, False),
+        (40, "distance", 11, True),
+    ],
+)
+def test_blocks_give_the_formula_and_its_gradient(
+    length: int, kind: str, window: int, pointwise: bool, direction: Direction
+):
+    agree_with_the_formula(length, Way(direction, window, pointwise), kind)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("length", "timed"), [(41, True), (48, False)])
+@pytest.mark.parametrize(
+    ("length", "kind", "window", "pointwise"),
+    [(41, "both", 0, False), (48, "none", 0, False), (48, "both", 18, True), (61, "distance", 9, False)],
+)
 @pytest.mark.usefixtures("tiles")
-def test_tiles_give_the_formula_and_its_gradient(length: int, direction: Direction, timed: bool):
-    agree_with_the_formula(length, direction, timed)
+def test_tiles_give_the_formula_and_its_gradient(
+    length: int, kind: str, window: int, pointwise: bool, direction: Direction
+):
+    agree_with_the_formula(length, Way(direction, window, pointwise), kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize(("kind", "window"), [("none", 0), ("both", 0), ("both", 200)])
 @pytest.mark.parametrize(("length", "tile"), [(512, 128), (1_100, 512)])
 def test_tiles_of_their_real_size_give_the_formula(
-    monkeypatch: pytest.MonkeyPatch, length: int, tile: int, timed: bool, direction: Direction
+    monkeypatch: pytest.MonkeyPatch, length: int, tile: int, kind: str, window: int, direction: Direction
 ):
     monkeypatch.setattr(module, "SHORT", 0)
     monkeypatch.setattr(module, "TILE", tile)
     # Of the longer one, sides add up millions of terms of the table's gradient in float32, each in its own order.
-    agree_with_the_formula(length, direction, timed, rtol=1e-5 if length <= 512 else 3e-5)
+    agree_with_the_formula(length, Way(direction, window), kind, rtol=1e-5 if length <= 512 else 3e-5)
+
+
+def test_a_window_leaves_out_the_blocks_and_tiles_that_it_does_not_reach():
+    assert [start.tolist() for start in module._tiles(2_048, Way("forward", 513))] == [
+        *([0, 0], [512, 512], [512, 0]),
+        *([1_024, 1_024], [1_024, 512]),
+        *([1_536, 1_536], [1_536, 1_024]),
+    ]
+    assert len(module._tiles(2_048, Way("forward", 514))) == 9, "one position more reaches one tile more"
+    assert len(module._tiles(2_048, Way("backward", 1))) == 4
+    keys = [(block.keys.start, block.keys.size) for block in module._blocks(64, Way("forward", 5))]
+    assert keys == [(0, 16), (12, 20), (28, 20), (44, 20)]
+    keys = [(block.keys.start, block.keys.size) for block in module._blocks(64, Way("backward", 5))]
+    assert keys == [(0, 20), (16, 20), (32, 20), (48, 16)]
 
 
 def test_tiles_waste_little_on_lengths_that_do_not_divide():
     assert module._side(8_192) == 512
     assert module._side(1_025) == 384, "three tiles, 127 positions beyond; of 512 it would be 511"
     # Those on and before the diagonal, each once.
-    assert module._tiles(1_025, "forward").tolist() == [
+    assert module._tiles(1_025, Way("forward")).tolist() == [
         *([0, 0], [384, 384], [384, 0]),
         *([768, 768], [768, 384], [768, 0]),
     ]
-    assert module._tiles(1_025, "backward").tolist() == [
+    assert module._tiles(1_025, Way("backward")).tolist() == [
         *([0, 0], [0, 384], [0, 768]),
         *([384, 384], [384, 768], [768, 768]),
     ]
@@ -152,8 +201,8 @@ def test_tiles_waste_little_on_lengths_that_do_not_divide():
 
 def test_many_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "BLOCK", 8)
-    assert len(module._blocks(61, "backward")) == 8
-    agree_with_the_formula(61, "backward", timed=False)
+    assert len(module._blocks(61, Way("backward"))) == 8
+    agree_with_the_formula(61, Way("backward"), "none")
 
 
 @pytest.mark.parametrize("scheme", ["blocks", "tiles"])
@@ -165,13 +214,13 @@ def test_in_bfloat16_sums_are_float32_and_no_float32_means_are_kept(
     q, k, v, reach = arguments(41, "backward")
     half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
     wide = [x.astype(jnp.float32) for x in half]
-    bias = TimeBias(jnp.asarray(table_of(41)), jnp.asarray(times_of(41)))
+    bias, way = bias_of(41, "both"), Way("backward")
     pull_of = jnp.asarray(np.random.default_rng(7).normal(size=q.shape), jnp.bfloat16)
 
     @jax.jit
     def both(half: Any, wide: Any) -> Any:
-        y, back = jax.vjp(lambda *x: attention(*x, jnp.asarray(reach), "backward", bias), *half)
-        expected, exact = jax.vjp(lambda *x: plain(*x, reach, "backward", bias), *wide)
+        y, back = jax.vjp(lambda *x: attention(*x, jnp.asarray(reach), way, bias), *half)
+        expected, exact = jax.vjp(lambda *x: plain(*x, reach, way, bias), *wide)
         return y, back(pull_of), back, expected, exact(pull_of.astype(jnp.float32))
 
     found, gradients, back, expected, exact = both(half, wide)
@@ -189,60 +238,26 @@ def test_in_bfloat16_sums_are_float32_and_no_float32_means_are_kept(
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("timed", [False, True])
-def test_one_query_alone_gets_what_it_gets_among_all(direction: Direction, timed: bool):
+@pytest.mark.parametrize(("kind", "pointwise"), [("none", False), ("both", False), ("both", True)])
+def test_one_query_alone_gets_what_it_gets_among_all(direction: Direction, kind: str, pointwise: bool):
     q, k, v, reach = (jnp.asarray(x) for x in arguments(20, direction))
-    at_B, times = np.array([0, 7, 19]), times_of(20)
-    bias = TimeBias(jnp.asarray(table_of(20)), jnp.asarray(times)) if timed else None
-    now = jnp.asarray(times[np.arange(3), at_B]) if timed else None
+    at_B, row_B, key_1xL = np.array([0, 7, 19]), np.arange(3), np.arange(20)[None]
+    bias = bias_of(20, kind)
 
     @jax.jit
     def both() -> Any:
-        low, high = (bound[np.arange(3), at_B] for bound in bounds(reach, direction))
-        alone = attention_at(q[np.arange(3), :, at_B], k, v, low, high, bias, now)
-        return alone, attention(q, k, v, reach, direction, bias)[np.arange(3), :, at_B]
+        low, high = (bound[row_B, at_B][:, None] for bound in bounds(reach, direction))
+        added = None
+        if bias is not None:
+            added = time_bias_of(bias, bias.asked[row_B, at_B], bias.times)
+            added += distance_bias_of(bias, jnp.abs(at_B[:, None] - key_1xL))
+        inside = (low <= key_1xL) & (key_1xL <= high)
+        alone = attention_at(q[row_B, :, at_B], k, v, inside, added, pointwise)
+        way = Way(direction, pointwise=pointwise)
+        return alone, attention(q, k, v, reach, way, bias)[row_B, :, at_B]
 
     found, among_all = both()
     np.testing.assert_allclose(found, among_all, rtol=1e-5, atol=1e-6)
-
-
-def test_one_query_with_a_bias_needs_its_time():
-    q, k, v, reach = (jnp.asarray(x) for x in arguments(20))
-    bias = TimeBias(jnp.asarray(table_of(20)), jnp.asarray(times_of(20)))
-    with pytest.raises(ValueError, match="needs the time of the query"):
-        attention_at(q[:, :, 0], k, v, reach[:, 0], reach[:, 0], bias)
-
-
-@pytest.mark.parametrize("buckets", [1, 10, 32, 64])
-def test_buckets_are_the_documented_formula(buckets: int):
-    powers = 2 ** np.arange(31)
-    gaps = np.unique([0, *powers, *(powers - 1), *np.geomspace(1, 2**24, 400).astype(int), 2**31 - 200])
-    found = np.asarray(time_bucket(jnp.asarray(gaps, jnp.int32), buckets))
-    exact = gaps < 2**24  # larger ones are rounded to 24 bits first
-    assert found[exact].tolist() == [bucket_of(int(gap), buckets) for gap in gaps[exact]]
-    true = buckets * np.log2(np.maximum(gaps, 1)) / 32
-    below = true - found
-    assert (below > -1e-6).all()
-    assert (below < 1 + 0.15 * buckets / 32).all()
-    assert (np.diff(found) >= 0).all()
-    assert int(time_bucket(jnp.int32(2**31 - 1), buckets)) == 31 * buckets // 32
-    if buckets == 32:
-        assert np.asarray(time_bucket(jnp.asarray(powers, jnp.int32), 32)).tolist() == list(range(31))
-
-
-def test_a_product_with_ones_is_a_lookup_and_its_gradient():
-    rng = np.random.default_rng(0)
-    table = jnp.asarray(table_of(0))
-    bucket = jnp.asarray(rng.integers(0, BUCKETS, (3, 5, 6)), jnp.int32)
-    looked_up = np.asarray(table)[:, np.asarray(bucket)].swapaxes(0, 1)
-    for function in (module._multiplied, module._looked_up):
-        np.testing.assert_allclose(function(table, bucket), looked_up, rtol=1e-6)
-    ds = rng.normal(size=looked_up.shape).astype(np.float32)
-    expected = np.zeros(table.shape)
-    for b, h, q, k in np.ndindex(*ds.shape):
-        expected[h, bucket[b, q, k]] += ds[b, h, q, k]
-    for function in (module._ones_product, module._added):
-        np.testing.assert_allclose(function(jnp.asarray(ds), bucket, BUCKETS), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -257,7 +272,7 @@ def test_nothing_of_length_times_length_is_held(
     reach = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
     def total(q: Any, k: Any, v: Any, reach: Any) -> Any:
-        return attention(q, k, v, reach, "forward").sum()
+        return attention(q, k, v, reach, Way("forward")).sum()
 
     traced = jax.make_jaxpr(jax.grad(total) if gradient else total)(x, x, x, reach)
     results = (variable.aval for equation in equations(traced.jaxpr) for variable in equation.outvars)

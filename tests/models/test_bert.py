@@ -141,7 +141,8 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_does(variables):
         assert {name: set(jax.tree.leaves(part)) for name, part in frozen_mask(params, below).items()} == {
             name: {(int(name[6:]) if name.startswith("layer_") else 0) < below} for name in params
         }
-    assert values[0] == values[1] == values[2]
+    # Three programs, each of which may add up in its own order: the last bits depend on the CPU.
+    np.testing.assert_allclose(values, values[0], rtol=1e-6)
     # Each layer that is left out of the gradient takes its products with it.
     assert counted[0] > counted[1] > counted[2]
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynrec_jax.batch import History
 from dynrec_jax.models.bstm import Bstm, Rows
 from dynrec_jax.models.ensemble import Ensemble
 from dynrec_jax.models.features import described_rows
@@ -65,7 +66,7 @@ def serve(model: Any, params: Any, catalogue: Any, window: list[int]) -> tuple[A
     vectors = model.catalogue(params, catalogue)
     none = jnp.zeros((len(prefixes), 1), jnp.int32)
     answer = model.recommend(
-        params, vectors[prefixes], jnp.asarray(prefixes), model.ready(vectors), none, ITEMS
+        params, vectors[prefixes], History(jnp.asarray(prefixes)), model.ready(vectors), none, ITEMS
     )
     return answer.ids, answer.scores
 
@@ -190,10 +191,10 @@ def test_an_empty_history_gives_zeros():
     def run(params: Any) -> Any:
         v = model.catalogue(params, catalogue)[histories]
         alone = [
-            part.user_vectors(params[name], half, moments(jnp.asarray(histories)))
+            part.user_vectors(params[name], half, moments(History(jnp.asarray(histories))))
             for (name, part), half in zip(model.parts.items(), jnp.split(v, 2, axis=-1), strict=True)
         ]
-        return model.last_vector(params, v, jnp.asarray(histories)), alone
+        return model.last_vector(params, v, History(jnp.asarray(histories))), alone
 
     u, alone = run(state.params)
     assert u.shape == (2, 16)

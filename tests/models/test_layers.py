@@ -8,20 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynrec_jax.models.layers import (
-    Attention,
-    Dense,
-    Dropout,
-    LayerNorm,
-    Places,
-    RmsNorm,
-    hash_bits,
-)
+from dynrec_jax.models.blocks import Attention, BlockSettings, Places
+from dynrec_jax.models.layers import Dense, Dropout, LayerNorm, RmsNorm, hash_bits
 from dynrec_jax.parallel.counters import token_counters
 
 from .. import tiny
 
 FEATURES = 16
+
+
+def settings(**changes: Any) -> BlockSettings:
+    return BlockSettings(heads=2, feedforward=4.0, dropout=0.0, dtype=jnp.float32, **changes)
 
 
 def dropped(rate: float, counters: Any, x: Any, seed: int = 0) -> np.ndarray:
@@ -117,8 +114,8 @@ def test_attention_is_its_formula():
     out = rng.normal(size=(2, 2, 4)).astype(np.float32)
     params = {name: {"kernel": kernel} for name, kernel in {**kernels, "out": out}.items()}
     mask = np.array([[[True, False, False], [True, True, False], [False, True, True]]])
-    at = Places(jnp.asarray([[0, 1, 1]]), jnp.zeros((1, 3), jnp.uint32), "forward")
-    found = Attention(2, jnp.float32, 0).apply({"params": params}, x, at)
+    at = Places(jnp.asarray([[0, 1, 1]]), jnp.asarray([[0, 1, 2]]), jnp.zeros((1, 3), jnp.uint32), "forward")
+    found = Attention(settings()).apply({"params": params}, x, at)
     expected = np.zeros((3, 4))
     for h in range(2):
         q, k, v = (x[0] @ kernels[name][:, h] for name in ("query", "key", "value"))
@@ -159,9 +156,9 @@ def test_a_linear_map_adds_up_in_float32_forward_and_backward(
 
 def test_attention_knows_of_time_where_it_is_told_to():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4)), jnp.float32)
-    at = Places(jnp.asarray([[0, 1, 2]]), jnp.zeros((1, 3), jnp.uint32), "forward")
-    timed = dataclasses.replace(at, times=jnp.asarray([[0, 4, 100]]))
-    module = Attention(2, jnp.float32, 8)
+    at = Places(jnp.asarray([[0, 1, 2]]), jnp.asarray([[0, 1, 2]]), jnp.zeros((1, 3), jnp.uint32), "forward")
+    timed = dataclasses.replace(at, times=jnp.asarray([[0, 4, 100]]), asked=jnp.asarray([[0, 4, 100]]))
+    module = Attention(settings(time_buckets=8))
     boxed = jax.jit(module.init)(jax.random.key(0), x, timed)["params"]["time_bias"]
     assert boxed.names == ("heads", None)
     assert boxed.value.shape == (2, 8)
@@ -171,7 +168,7 @@ def test_attention_knows_of_time_where_it_is_told_to():
 
 
 def test_places_are_a_tree_without_the_direction():
-    at = Places(jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.uint32), "backward")
+    at = Places(*[jnp.zeros((1, 3), jnp.int32)] * 2, jnp.zeros((1, 3), jnp.uint32), "backward")
     leaves, tree = jax.tree.flatten(at)
-    assert len(leaves) == 2
+    assert len(leaves) == 3
     assert jax.tree.unflatten(tree, leaves).direction == "backward"

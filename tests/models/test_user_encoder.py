@@ -11,11 +11,13 @@ from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
 
+from dynrec_jax.batch import History
 from dynrec_jax.models import attention as attention_module
-from dynrec_jax.models.attention import Direction, attention
-from dynrec_jax.models.layers import BLOCKS, Dropout, Places
+from dynrec_jax.models.attention import Direction, Way, attention
+from dynrec_jax.models.blocks import BLOCKS, BlockSettings, Places
+from dynrec_jax.models.layers import Dropout
 from dynrec_jax.models.model import make_bstm
-from dynrec_jax.models.user_encoder import Moments, UserEncoder, moments
+from dynrec_jax.models.user_encoder import Moments, Sight, UserEncoder, moments
 from dynrec_jax.parallel import rules
 from dynrec_jax.train.flops import training_cost
 
@@ -31,7 +33,7 @@ def test_the_mask_looks_one_way_within_a_window():
 
     def looked_at(direction: Direction) -> np.ndarray:
         reach = batch.positions if direction == "forward" else batch.remaining
-        weights = attention(equal_1x1x6x1, equal_1x1x6x1, own_1x1x6x6, reach, direction)
+        weights = attention(equal_1x1x6x1, equal_1x1x6x1, own_1x1x6x6, reach, Way(direction))
         return (np.asarray(weights)[0, 0] > 0).astype(int)
 
     forward = looked_at("forward")
@@ -47,7 +49,7 @@ def test_the_mask_looks_one_way_within_a_window():
 
 
 def test_moments_of_rows_with_one_history():
-    at = moments(jnp.asarray([[5, 6, 0], [0, 0, 0]]))
+    at = moments(History(jnp.asarray([[5, 6, 0], [0, 0, 0]])))
     assert np.asarray(at.segments).tolist() == [[1, 1, 0], [0, 0, 0]]
     assert np.asarray(at.positions).tolist() == [[0, 1, 0], [0, 0, 0]]
 
@@ -92,7 +94,7 @@ def test_backward_is_forward_over_the_reversed_history_but_for_the_direction_vec
 def test_the_order_of_a_history_matters():
     model, params, tables = tiny.bstm(20)
     items = jnp.asarray([[4, 9, 2, 7], [9, 4, 2, 7]])
-    u = np.asarray(jax.jit(lambda: model.last_vector(params, tables["item_id"][items], items))())
+    u = np.asarray(jax.jit(lambda: model.last_vector(params, tables["item_id"][items], History(items)))())
     assert np.abs(u[0] - u[1]).max() > 1e-3
 
 
@@ -103,7 +105,8 @@ def test_the_last_vector_is_that_of_the_last_event():
     @jax.jit
     def run():
         rows = tables["item_id"][items]
-        return model.last_vector(params, rows, items), model.user_vectors(params, rows, moments(items))
+        history = History(items)
+        return model.last_vector(params, rows, history), model.user_vectors(params, rows, moments(history))
 
     last, every = (np.asarray(x) for x in run())
     # Two routes: the last block makes one vector of each history here, and all of them there.
@@ -111,6 +114,10 @@ def test_the_last_vector_is_that_of_the_last_event():
     np.testing.assert_allclose(last[0], every[0, 2], rtol=0, atol=1e-6)
     np.testing.assert_allclose(last[1], every[1, 3], rtol=0, atol=1e-6)
     assert not last[2].any(), "an empty history says nothing"
+
+
+def timed(buckets: int) -> Sight:
+    return Sight(time=("bias",), time_buckets=buckets)
 
 
 def encoder(**changes: Any) -> UserEncoder:
@@ -122,7 +129,8 @@ def encoder(**changes: Any) -> UserEncoder:
         "feedforward": 4.0,
         "dropout": 0.0,
         "dtype": jnp.float32,
-        "time_buckets": 0,
+        "sight": Sight(),
+        "interests": 1,
         "remat": "none",
         "scan_layers": False,
     }
@@ -152,12 +160,12 @@ def weights(module: UserEncoder) -> Any:
 
 def test_an_encoder_that_knows_of_time_needs_the_times():
     x, at = histories()
-    with pytest.raises(ValueError, match=r"time_buckets=8: Moments.times is None; expected int32\[B, L\]"):
-        encoder(time_buckets=8).init(jax.random.key(0), x, at._replace(times=None))
+    with pytest.raises(ValueError, match=r"Moments.times is None; expected int32\[B, L\]"):
+        encoder(sight=timed(8)).init(jax.random.key(0), x, at._replace(times=None))
 
 
 def test_the_bias_by_time_counts_gaps_in_every_block():
-    module = encoder(layers=2, time_buckets=16)
+    module = encoder(layers=2, sight=timed(16))
     params = weights(module)
     x, at = histories()
 
@@ -181,7 +189,7 @@ def test_the_bias_by_time_counts_gaps_in_every_block():
 
 
 def test_with_times_backward_is_forward_over_the_reversed_history_and_its_mirrored_times():
-    module = encoder(layers=2, time_buckets=16)
+    module = encoder(layers=2, sight=timed(16))
     params = weights(module)
     swapped = {**params, "direction": params["direction"][::-1]}
     x, at = histories("backward")
@@ -197,7 +205,7 @@ def test_with_times_backward_is_forward_over_the_reversed_history_and_its_mirror
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_vector_read_alone_is_that_among_all_with_times_too(scan_layers: bool):
-    module = encoder(time_buckets=16, scan_layers=scan_layers)
+    module = encoder(sight=timed(16), scan_layers=scan_layers)
     params = weights(module)
     x, at = histories()
     read = jnp.asarray([6, 11])
@@ -239,7 +247,7 @@ def test_computing_again_changes_no_number_with_dropout_too():
 def test_what_is_kept_and_what_is_computed_again(scan_layers: bool):
     kept, products = {}, {}
     for remat in ("none", "products", "block"):
-        module = encoder(remat=remat, scan_layers=scan_layers, time_buckets=8)
+        module = encoder(remat=remat, scan_layers=scan_layers, sight=timed(8))
         params = weights(module)
         x, at = histories()
 
@@ -269,7 +277,7 @@ def test_no_scan_over_blocks_computes_masks_or_ones_of_all_tiles_ahead(
     for name, value in (("SHORT", 0), ("TILE", 8), ("ALIGN", 8)):
         monkeypatch.setattr(attention_module, name, value)
     length, tiles = 128, 16 * 17 // 2
-    module = encoder(max_length=length, time_buckets=8, remat=remat, scan_layers=True)
+    module = encoder(max_length=length, sight=timed(8), remat=remat, scan_layers=True)
     x, numbers = jnp.zeros((1, length, DIM)), jnp.zeros((1, length), jnp.int32)
     at = Moments(numbers, numbers, numbers)
 
@@ -306,10 +314,10 @@ def stacked(params: Any) -> Any:
 
 
 def test_scanned_blocks_that_are_computed_again_are_the_unrolled_ones():
-    unrolled = encoder(time_buckets=8)
+    unrolled = encoder(sight=timed(8))
     params, key = weights(unrolled), jax.random.key(0)
     value, gradient = jax.jit(gradient_of(unrolled, "backward"))(params, key)
-    scanned = encoder(time_buckets=8, remat="block", scan_layers=True)
+    scanned = encoder(sight=timed(8), remat="block", scan_layers=True)
     found = jax.jit(gradient_of(scanned, "backward"))(stacked(params), key)
     assert_trees_close(found, (value, stacked(gradient)))
 
@@ -317,15 +325,11 @@ def test_scanned_blocks_that_are_computed_again_are_the_unrolled_ones():
 class Doubled(nn.Module):
     """Instead of a block: what comes in twice, and ones with dropout."""
 
-    heads: int
-    feedforward: float
-    dropout: float
-    dtype: Any
-    time_buckets: int
+    settings: BlockSettings
 
     @nn.compact
     def __call__(self, x: jax.Array, at: Places) -> jax.Array:
-        return 2 * x + Dropout(self.dropout)(jnp.ones_like(x), at.counters)
+        return 2 * x + Dropout(self.settings.dropout)(jnp.ones_like(x), at.counters)
 
 
 def test_each_scanned_block_draws_its_own_dropout(monkeypatch: pytest.MonkeyPatch):
@@ -341,7 +345,7 @@ def test_each_scanned_block_draws_its_own_dropout(monkeypatch: pytest.MonkeyPatc
 
 
 def test_in_bfloat16_gradients_are_near_those_in_float32():
-    changes = {"time_buckets": 8, "layers": 2, "scan_layers": True}
+    changes = {"sight": timed(8), "layers": 2, "scan_layers": True}
     exact, half = encoder(**changes), encoder(**changes, dtype=jnp.bfloat16)
     params = weights(exact)
 

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from dynrec_jax.batch import History
 from dynrec_jax.models.features import Items
 from dynrec_jax.models.user_encoder import moments
 from dynrec_jax.parallel.table import rows_for, rows_of
-from dynrec_jax.report.picture import _inferred, _topics
+from dynrec_jax.report.attention import attention_over, topics_of
 
 from .. import tiny
 
@@ -27,10 +28,10 @@ def test_the_inferred_interest_is_the_attention_over_all_items(items: int, devic
         mesh=tiny.mesh(devices, 1, 1),
         items=Items(items),
     )
-    found = _inferred(run, history)
+    found = attention_over(run, History(history))
     table, rows = np.asarray(tables["item_id"], np.float64), rows_for(items)
     vectors = np.asarray(tables["item_id"])[rows_of(history, rows)]
-    u = np.asarray(model.user_vectors(params, vectors, moments(history)), np.float64)[0]
+    u = np.asarray(model.user_vectors(params, vectors, moments(History(history))), np.float64)[0]
     scores = u @ table[rows_of(np.arange(1, items + 1), rows)].T * model.abra.scale
     expected = np.exp(scores - scores.max(axis=1, keepdims=True))
     expected /= expected.sum(axis=1, keepdims=True)
@@ -45,10 +46,10 @@ def test_the_inferred_interest_is_the_attention_over_all_items(items: int, devic
         ["War|Drama", None, "", "Drama"],
     ],
 )
-def test_an_item_counts_for_the_first_of_its_topics(cells: list[Any]):
+def test_an_item_counts_for_the_first_of_itstopics_of(cells: list[Any]):
     table = pa.table({"index": [1, 2, 3, 4], "item_id": ["a", "b", "c", "d"], "genres": cells})
     run: Any = SimpleNamespace(dataset=SimpleNamespace(path="d", items_table=lambda: table))
-    names, topic = _topics(run, None)
+    names, topic = topics_of(run, None)
     first = "War, civil" if isinstance(cells[0], list) else "War"
     assert names == ["Drama", first, "unknown"]
     assert [names[number] for number in topic] == [first, "unknown", "unknown", "Drama"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from dynrec_jax.batch import History
 from dynrec_jax.models.user_encoder import moments
 from dynrec_jax.train import loop
 from dynrec_jax.train.flops import Cost, Utilisation, training_cost
@@ -61,7 +62,7 @@ def products(jaxpr: Any) -> int:
 def test_the_cost_of_the_encoder_is_that_of_the_traced_program(block: str, events: int):
     """One window without padding. The program computes both halves of the attention, n x n pairs."""
     model, params, _ = tiny.bstm(ITEMS, model__block=block, model__layers=2, model__backward_weight=0.0)
-    at = moments(jnp.ones((1, events), jnp.int32))
+    at = moments(History(jnp.ones((1, events), jnp.int32)))
     rows = jnp.zeros((1, events, model.abra.dim))
     traced = products(jax.make_jaxpr(model.user_vectors)(params, rows, at).jaxpr)
     cost = training_cost(model, params, K)

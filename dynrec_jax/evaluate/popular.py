@@ -1,0 +1,34 @@
+"""How popular items are, in training events alone."""
+
+import ml_collections
+import numpy as np
+
+from dynrec_jax.data.cache import Histories
+from dynrec_jax.data.cold import cold_items
+from dynrec_jax.data.examples import Splits
+from dynrec_jax.data.pipeline import time_cuts
+
+
+def popularity_counts(
+    histories: Histories, splits: Splits, config: ml_collections.ConfigDict
+) -> dict[str, np.ndarray]:
+    """int64[N + 1] by baseline, counted on training events.
+
+    `recent_popularity` counts those from the moment on after which the latest share (`evaluation.recent`) of all
+    events lies, or, in data without times, the latest share of each user's training events.
+    """
+    share = config.evaluation.recent
+    result = {"popularity": histories.item_counts(splits.train_end)}
+    cold_N = cold_items(histories.dataset.items, config.data.cold_items)
+    dataset = histories.dataset
+    if dataset.has_times:
+        quantiles = dataset.info["time_quantiles"]
+        last = len(quantiles) - 1
+        end = time_cuts(histories, config.evaluation)[0] if config.evaluation.split == "global_time" else None
+        trained = 1.0 if end is None else 1 - 2 * config.evaluation.holdout
+        since = int(quantiles[round(trained * (1 - share) * last)])
+        result["recent_popularity"] = histories.item_counts(splits.train_end, since=since)
+    else:
+        recent_U = np.maximum(np.ceil(splits.train_end * share).astype(np.int64), 1)
+        result["recent_popularity"] = histories.item_counts(splits.train_end, splits.train_end - recent_U)
+    return {name: np.where(cold_N, 0, counts) for name, counts in result.items()}

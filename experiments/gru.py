@@ -1,0 +1,17 @@
+"""A recurrent model in the manner of GRU4Rec (Hidasi et al. 2016) as a config: one GRU over the history.
+
+dynrec train --config=experiments/gru.py --config.dataset=data/shop --workdir=runs/gru
+"""
+
+from dynrec_jax.config import default_config
+
+
+def get_config():
+    c = default_config()
+    c.dataset = "data/shop"
+    c.model.block, c.model.positions, c.model.layers = "gru", "none", 1
+    c.model.backward_weight = 0.0
+    c.train.steps = 3_000
+    c.train.checkpoint_every = 250
+    c.train.evaluate_every = 250
+    return c

@@ -122,6 +122,16 @@ def _check_sight(config: ml_collections.ConfigDict) -> None:
     ways = ("bias", "rotary", "sinusoidal")
     if wrong := [name for name in m.time if name not in ways]:
         raise ConfigError(f"config.model.time: {wrong[0]!r} is not one of {', '.join(ways)}")
+    if m.block == "mean" and (m.positions == "relative" or {"bias", "rotary"} & set(m.time)):
+        raise ConfigError(
+            "config.model.block: a mean has no weights that model.positions=relative and the times bias and rotary "
+            "could change; leave them out"
+        )
+    if m.attention_window > config.data.max_length:
+        raise ConfigError(
+            f"config.model.attention_window: {m.attention_window} is more than "
+            f"data.max_length={config.data.max_length}, the most that is ever trained; use no more"
+        )
     if m.block == "gru" and (
         m.attention_window or m.positions == "relative" or {"bias", "rotary"} & set(m.time)
     ):

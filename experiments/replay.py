@@ -22,6 +22,7 @@ from dynrec_jax.data.pipeline import make_splits
 from dynrec_jax.errors import ConfigError, DataError, report_errors
 from dynrec_jax.score.live import Live
 from dynrec_jax.train.progress import Progress
+from dynrec_jax.verbs.evaluate import parse_step
 
 TOGETHER = 256  # events of different users that are answered at once
 
@@ -43,7 +44,7 @@ def _run(values: flags.FlagValues, arguments: list[str]) -> None:
         raise ConfigError(str(error)) from None
     if not values.workdir:
         raise ConfigError("--workdir is missing; expected a run folder made by `dynrec train`")
-    run = workdirs.open(Path(values.workdir), values.step)
+    run = workdirs.open(Path(values.workdir), parse_step(values.step))
     histories = Histories(run.dataset, run.config.data.cache_dir)
     ends_U = make_splits(histories, run.config).train_end
     later_U = np.flatnonzero((histories.lengths > ends_U) & (ends_U > 0))[: values.users]
@@ -60,14 +61,15 @@ def _run(values: flags.FlagValues, arguments: list[str]) -> None:
         each.read(histories, ends_U)
     events = _events(histories, later_U, ends_U)
     found, seconds = np.zeros((2, 2)), 0.0
+    filter_seen = bool(run.config.evaluation.filter_seen)
     with Progress("replaying", len(events[0]), unit="events/s") as progress:
         done = 0
         for start, stop in _batches(events[0]):
             number, item, moment, kind = (column[start:stop] for column in events)
             began = time.perf_counter()
-            fresh = live.lists(number, values.k, moment)
+            fresh = live.lists(number, values.k, moment, filter_seen)
             seconds += time.perf_counter() - began
-            stale = frozen.lists(number, values.k, moment)
+            stale = frozen.lists(number, values.k, moment, filter_seen)
             for row, lists in enumerate((fresh, stale)):
                 hit_BxK = lists.ids == item[:, None]
                 found[row] += hit_BxK.any(axis=1).sum(), (hit_BxK / np.log2(np.arange(values.k) + 2)).sum()

@@ -75,3 +75,15 @@ def test_runs_of_other_protocols_or_data_are_not_compared(run: Made, tmp_path: P
         capsys.readouterr()
         assert dynrec("compare", workdirs=f"{run.workdir},{made.workdir}", baselines="none") == 2
         assert told in one_line(capsys)
+
+
+def test_a_catalogue_without_ten_items_is_compared_by_a_shorter_list(tmp_path: Path, capsys):
+    lines = [" ".join([f"u{user}", *(f"i{(user + n) % 8}" for n in range(5))]) for user in range(24)]
+    (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
+    small = {"evaluation__metric": "ndcg@5", "evaluation__ks": (1, 5)}
+    made = make(tmp_path, f"sequences:{tmp_path / 'log.txt'}", **small)
+    out = tmp_path / "compared.json"
+    assert dynrec("compare", workdirs=made.workdir, baselines="popularity,item_knn", out=out) == 0
+    assert "ndcg@5" in capsys.readouterr().out
+    assert dynrec("evaluate", "drift", workdir=made.workdir) == 0
+    assert dynrec("report", workdir=made.workdir) == 0

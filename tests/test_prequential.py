@@ -11,6 +11,7 @@ from dynrec_jax import workdir as workdirs
 from dynrec_jax.config import from_json
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.pipeline import make_splits, time_cuts
+from dynrec_jax.evaluate.recommender import Recommender
 
 from .commands import Made, dynrec, make, one_line
 
@@ -64,14 +65,42 @@ def test_periods_cover_the_time_after_training_and_learn_from_what_came_before(
     for row, end in zip(rows, splits.train_end.tolist(), strict=True):
         assert all(t < second["from"] for t in row["times"][:end])
     assert (workdir / "evaluation" / "prequential.png").stat().st_size > 1_000
-    # All three of the same first period, by hand: a list made when the test began.
-    assert np.isfinite([first[name]["mrr"]["mean"] for name in ("frozen", "appended")]).all()
+    assert result["protocol"]["targets"] == "all"
+    # The second period by another route: lists of each event, with the history as the way has it.
+    again = workdirs.open(workdir / "prequential" / "2-1", dataset=run.dataset)
+    before_test = held.count_before(test)
+    asked = [
+        (user, n)
+        for user, row in enumerate(rows)
+        for n, t in enumerate(row["times"])
+        if second["from"] <= t < second["until"] and n > 0
+    ]
+    ways = {
+        "frozen": (opened, [before_test[u] for u, _ in asked]),
+        "appended": (opened, [n for _, n in asked]),
+    }
+    ways["retrained"] = (again, ways["appended"][1])
+    for name, (of, ends) in ways.items():
+        recommender = Recommender(of.model, of.mesh, 16, 20, True, items=of.items)
+        lists = recommender.prepare(of.params, of.tables)
+        made = lists(held, np.array([u for u, _ in asked]), np.array(ends, np.int64))
+        gains = [
+            1 / np.log2(ids.index(rows[user]["items"][n]) + 2) if rows[user]["items"][n] in ids[:10] else 0.0
+            for ids, (user, n) in zip(made.ids.tolist(), asked, strict=True)
+        ]
+        assert second[name]["ndcg@10"]["mean"] == pytest.approx(np.mean(gains), abs=1e-9), name
 
 
-@pytest.mark.parametrize(("periods", "told"), [(100_000, "events come after the test's moment")])
-def test_too_many_periods_are_refused(run: Made, capsys, periods: int, told: str):
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"prequential": 100_000}, "events come after the test's moment"),
+        ({"prequential": 2, "split": "validation"}, "leave --drift and --split out"),
+    ],
+)
+def test_what_cannot_be_walked_through_is_refused(run: Made, capsys, values: dict[str, object], told: str):
     capsys.readouterr()
-    assert dynrec("evaluate", workdir=run.workdir, prequential=periods) == 2
+    assert dynrec("evaluate", workdir=run.workdir, **values) == 2
     assert told in one_line(capsys)
 
 

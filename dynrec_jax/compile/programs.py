@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from dynrec_jax.batch import Batch
 from dynrec_jax.compile.measure import Program
 from dynrec_jax.config import describes_items
+from dynrec_jax.data.event_types import named_types
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.evaluate.evaluator import LIST_LENGTH
 from dynrec_jax.evaluate.recommender import Recommender, seen_width
@@ -79,7 +80,8 @@ def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan
             f"config.item.fusion: {config.item.fusion!r} needs a dataset's items, and a plan has none; use id for the "
             "part of users and ids, and add what towers hold of each item, and BERT with its activations"
         )
-    model = make_bstm(config, items)
+    # Without a dataset, types are those that the config names.
+    model = make_bstm(config, items, event_types=named_types(config))
     assert isinstance(model, Bstm)
     fixed = step_arguments(config, model, mesh, None)
     state, places = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh)

@@ -7,6 +7,12 @@ import ml_collections
 from dynrec_jax.errors import ConfigError
 
 
+def named_types(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """Event types that a config names, or one where it only says that there are some: to plan without a dataset."""
+    names = {*config.data.target_events, *(text.rpartition(":")[0] for text in config.loss.event_weights)}
+    return tuple(sorted(names)) or (("event",) if config.model.events else ())
+
+
 def target_types(config: ml_collections.ConfigDict, names: Sequence[str]) -> frozenset[int] | None:
     """Types that are predicted and asked for, by index from 1; None for all, events without a type included.
 

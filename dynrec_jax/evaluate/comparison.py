@@ -1,7 +1,7 @@
 """Several runs and all baselines on the same queries, with intervals."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,13 @@ def compare(entries: Sequence[Entry], users_Q: np.ndarray, ks: Sequence[int]) ->
     return compared
 
 
+def main_metric(names: Iterable[str]) -> str:
+    """The metric that tables and plots are about: ndcg@10, or of shorter lists that of the longest, or mrr."""
+    names = list(names)
+    ndcg = [name for name in names if name.startswith("ndcg@")]
+    return "ndcg@10" if "ndcg@10" in names else ndcg[-1] if ndcg else "mrr"
+
+
 def metric_names(ks: Sequence[int]) -> list[str]:
     """Names of the columns of `gains_of`."""
     return [f"{metric}@{k}" for k in ks for metric in ("ndcg", "recall")] + ["mrr"]
@@ -112,9 +119,9 @@ def baseline_entries(
         except Unable as error:
             say(f"{name} is left out: {error}")
             continue
-        setting = _chosen(scorers, learning, validation)
+        setting = chosen_setting(scorers, learning, validation)
         scorer = scorers[setting]
-        ranks_Q = test.ranks_of(_lists(scorer, learning, test))
+        ranks_Q = test.ranks_of(scored_lists(scorer, learning, test))
         about: dict[str, Any] = {"setting": setting} if setting else {}
         if (accuracy := getattr(scorer, "accuracy", None)) is not None:
             about["accuracy"] = accuracy(learning.histories, test.users_U, test.ends_U, test.targets_U)
@@ -123,18 +130,20 @@ def baseline_entries(
     return entries
 
 
-def _lists(scorer: Scorer, learning: Learning, evaluator: Evaluator) -> Callable[..., Any]:
+def scored_lists(scorer: Scorer, learning: Learning, evaluator: Evaluator) -> Callable[..., Any]:
+    """A function (histories, users, ends) -> Lists by a baseline's scores, as long as the evaluator's."""
     return lists_of(
         scorer, learning.items, evaluator.recommender.k, bool(learning.config.evaluation.filter_seen)
     )
 
 
-def _chosen(scorers: Any, learning: Learning, validation: Evaluator | None) -> str:
+def chosen_setting(scorers: Mapping[str, Scorer], learning: Learning, validation: Evaluator | None) -> str:
+    """The setting of a baseline that is best on validation; the first where there is none to choose or to choose by."""
     if len(scorers) == 1 or validation is None:
         return str(next(iter(scorers)))
     values = {}
     for setting, scorer in scorers.items():
-        ranks_Q = validation.ranks_of(_lists(scorer, learning, validation))
+        ranks_Q = validation.ranks_of(scored_lists(scorer, learning, validation))
         counts = rank_counts(ranks_Q, validation.recommender.k)
         metrics = ranking_metrics(counts, validation.ks)
         metric = learning.config.evaluation.metric

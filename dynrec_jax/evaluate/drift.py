@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dynrec_jax.evaluate.bootstrap import interval, resampled_means
-from dynrec_jax.evaluate.comparison import gains_of, metric_names
+from dynrec_jax.evaluate.comparison import gains_of, main_metric, metric_names
 from dynrec_jax.evaluate.slices import Queries, Slices
 
 SHOWN = ("ndcg@10", "recall@10", "mrr")
@@ -29,7 +29,9 @@ def measure_slices(
       metric, each with mean, low and high; empty where nobody is in the bin.
     """
     names = metric_names(ks)
-    chosen = [names.index(metric) for metric in SHOWN if metric in names]
+    chosen = [
+        names.index(metric) for metric in dict.fromkeys((main_metric(names), *SHOWN)) if metric in names
+    ]
     gains = {name: gains_of(ranks_Q, ks)[:, chosen] for name, ranks_Q in ranks.items()}
     shown = [names[i] for i in chosen]
     return [
@@ -56,7 +58,7 @@ def _bin(
     return {"label": label, "queries": int(here_Q.sum()), "metrics": metrics}
 
 
-def recovery(shift: Mapping[str, Any], name: str, metric: str = "ndcg@10", share: float = 0.9) -> int | None:
+def recovery(shift: Mapping[str, Any], name: str, metric: str, share: float = 0.9) -> int | None:
     """Events after a change of interest until a metric is back at a share of its level before; None where it never is.
 
     Args:
@@ -73,6 +75,8 @@ def recovery(shift: Mapping[str, Any], name: str, metric: str = "ndcg@10", share
         [each["metrics"][name][metric]["mean"] for each in before],
         weights=[each["queries"] for each in before],
     )
+    if not level > 0:
+        return None
     for at in sorted(offset for offset in values if offset >= 0):
         if values[at]["metrics"][name][metric]["mean"] >= share * level:
             return at

@@ -24,8 +24,12 @@ def popularity_counts(
     if dataset.has_times:
         quantiles = dataset.info["time_quantiles"]
         last = len(quantiles) - 1
-        end = time_cuts(histories, config.evaluation)[0] if config.evaluation.split == "global_time" else None
-        trained = 1.0 if end is None else 1 - 2 * config.evaluation.holdout
+        trained = 1.0
+        if config.evaluation.test_from and config.evaluation.split == "global_time":
+            cut = time_cuts(histories, config.evaluation)[0]
+            trained = float(np.searchsorted(quantiles, cut) / last)
+        elif config.evaluation.split == "global_time":
+            trained = 1 - 2 * config.evaluation.holdout
         since = int(quantiles[round(trained * (1 - share) * last)])
         result["recent_popularity"] = histories.item_counts(splits.train_end, since=since)
     else:

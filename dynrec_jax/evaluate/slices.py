@@ -60,7 +60,7 @@ def all_slices(learning: Learning, queries: Queries, vectors: Callable[[], np.nd
       vectors: float[N, D] of the items, asked for where nothing else tells which are alike.
     """
     events = learning.events()
-    found = [_by_length(queries), _by_popularity(learning, queries), _by_users(learning, queries)]
+    found = [_by_length(queries), _by_popularity(learning, queries, events), _by_users(learning, queries)]
     if learning.histories.dataset.has_times:
         found += [_by_training_end(learning, queries), _by_age(learning, queries, events)]
     found.append(_by_change(learning, queries, vectors))
@@ -86,9 +86,9 @@ def _by_length(queries: Queries) -> Slices:
     )
 
 
-def _by_popularity(learning: Learning, queries: Queries) -> Slices:
+def _by_popularity(learning: Learning, queries: Queries, events: Events) -> Slices:
     """Head, middle and tail have a third of the training events each; what has none is new."""
-    counts_N = learning.histories.item_counts(learning.splits.train_end)[1:]
+    counts_N = np.bincount(events.items, minlength=learning.items + 1)[1:]
     order_N = np.argsort(-counts_N, kind="stable")
     before_N = np.cumsum(counts_N[order_N]) - counts_N[order_N]
     bin_N = np.empty(len(counts_N), np.int64)

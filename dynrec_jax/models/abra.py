@@ -156,5 +156,5 @@ def _merged(ids_BxK: Array, scores_BxK: Array, k: int) -> tuple[Array, Array]:
     worse_BxK = jnp.where(again_BxK | (ids_BxK == PAD), jnp.inf, worse_BxK)
     # Stable: items lie in the order of their ids.
     worse_BxK, ids_BxK = jax.lax.sort((worse_BxK, ids_BxK), dimension=1, num_keys=1, is_stable=True)
-    there_BxK = worse_BxK[:, :k] < jnp.inf
+    there_BxK = worse_BxK[:, :k] != jnp.inf  # a NaN stays one, and is found by those who look for it
     return jnp.where(there_BxK, ids_BxK[:, :k], PAD), jnp.where(there_BxK, -worse_BxK[:, :k], -jnp.inf)

@@ -185,6 +185,8 @@ class Bstm:
     ) -> tuple[Array, Array]:
         """Weighted sum of both traversals' losses over all targets, and the number of (forward) targets.
 
+        Where event types weigh differently, a target counts by its weight in both.
+
         Both are scored together, so that the catalogue has one gradient and not one for each traversal.
         """
         weights: dict[Direction, float] = {"forward": self.forward_weight, "backward": self.backward_weight}

@@ -171,12 +171,13 @@ class Stream:
     def _ring(self, event: Event, index_B: Array, times_BxW: Array) -> Ring:
         """Where the event goes that is number `index` of its user, and what it looks at."""
         slots = times_BxW.shape[1]
+        window = self.model.sight.window or slots
         here_B = (event.items != PAD) & (index_B >= 0)
         distance_BxW = (index_B[:, None] - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
         own_BxW = here_B[:, None] & (distance_BxW == 0)
         return Ring(
             slot=jnp.where(here_B, index_B % slots, -1),
-            inside=distance_BxW <= jnp.maximum(index_B, 0)[:, None],
+            inside=(distance_BxW <= jnp.maximum(index_B, 0)[:, None]) & (distance_BxW < window),
             distance=distance_BxW,
             times=jnp.where(own_BxW, event.times[:, None], times_BxW),
         )

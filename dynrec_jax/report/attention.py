@@ -74,4 +74,6 @@ def planted_interests(run: Run, user: str, times: np.ndarray, names: list[str]) 
         return None
     shares_PxT = synthetic.interests(spec, user, times)
     known = {name: i for i, name in enumerate(synthetic.topic_names(spec))}
+    if not known.keys() >= set(names):  # another column than that of the topics
+        return None
     return np.stack([shares_PxT[:, known[name]] for name in names], axis=1)

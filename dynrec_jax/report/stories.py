@@ -37,7 +37,9 @@ def stories(
     titles = titles_of(run)
     ends = histories.lengths[chosen]
     k = min(NEXT, run.items.number)
-    recommender = Recommender(run.model, run.mesh, max(len(chosen), 1), k, True, items=run.items)
+    recommender = Recommender(
+        run.model, run.mesh, max(len(chosen), 1), k, run.config.evaluation.filter_seen, items=run.items
+    )
     lists = recommender.prepare(run.params, run.tables)(histories, chosen, ends)
     ids = histories.ids_of(chosen)
     return [

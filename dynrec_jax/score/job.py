@@ -1,6 +1,7 @@
 """Scoring: recommendations for all users, or those of a file, from a run folder alone."""
 
 import dataclasses
+import datetime
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -223,6 +224,11 @@ def _asked_at(run: Run, options: ScoreOptions, work: _Work) -> _Work:
     if options.split != "all":
         raise ConfigError(
             f"--at: --split={options.split} asks at the time of its targets; leave one of them out"
+        )
+    if options.at < (run.dataset.first_time or 0):
+        first = datetime.datetime.fromtimestamp(run.dataset.first_time or 0, datetime.UTC)
+        raise ConfigError(
+            f"--at: is before the dataset's first event ({first:%Y-%m-%d %H:%M} UTC); give a later moment"
         )
     moment = int(from_start(np.array([options.at]), run.dataset.first_time or 0)[0])
     return dataclasses.replace(work, source=_AskedAt(work.source, moment))

@@ -1,6 +1,7 @@
 """Recommending while users act: each event of a user moves the interest at once, without reading the history again."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 
 from dynrec_jax.batch import PAD
 from dynrec_jax.data.cache import Histories, from_start
+from dynrec_jax.data.units import UNITS
 from dynrec_jax.errors import DataError, MachineError
 from dynrec_jax.evaluate.recommender import Lists, Recommender, seen_width
 from dynrec_jax.models.user_state import Event, Stream, UserState
@@ -87,6 +89,11 @@ class Live:
         Raises:
           DataError: an unknown user, or no times for a model that needs them.
         """
+        for name, given in (("items", items), ("times", times), ("events", events)):
+            if given is not None and len(given) != len(users):
+                raise DataError(
+                    f"{len(users):,} users and {len(given):,} {name}; expected one of each an event"
+                )
         if times is None and self.run.model.sight.needs_times:
             raise DataError(
                 "the model looks at the times of events; expected one for each, in seconds since 1970"
@@ -198,7 +205,9 @@ class Live:
                 raise DataError(f"{path}: holds no users' states; expected what `Live.save` wrote")
             live = cls(run, json.loads(tensors["users"].tobytes()))
             if about.get("weights") != live._weights:
-                raise DataError(f"{path}: holds states of other weights than step {run.step} of {run.path}")
+                raise DataError(
+                    f"{path}: holds states of other weights or items than step {run.step} of {run.path}"
+                )
             live._take(tensors)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise DataError(f"{path}: not readable as users' states ({error})") from None
@@ -217,7 +226,10 @@ class Live:
 
     @functools.cached_property
     def _weights(self) -> str:
-        return str(tree_digest((self.run.params, self.run.tables)))
+        weights = tree_digest((self.run.params, self.run.tables))
+        # Items have numbers in the states: those of the dataset, and new ones behind them.
+        items = hashlib.sha256("\0".join(self._items.to_pylist()).encode()).hexdigest()
+        return f"{weights}-{items}"
 
     def _of(self, user: str) -> int:
         if user not in self._number:
@@ -225,6 +237,8 @@ class Live:
         return self._number[user]
 
     def _seconds(self, times_E: np.ndarray) -> np.ndarray:
+        if (np.abs(times_E) >= UNITS["seconds"][0]).any():
+            raise DataError(f"time {int(np.abs(times_E).max())} is no number of seconds since 1970")
         return from_start(times_E, self.run.dataset.first_time or 0)
 
     def _size(self, count: int) -> int:

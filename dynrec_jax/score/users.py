@@ -12,6 +12,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from dynrec_jax.data.cache import Windows, from_start
+from dynrec_jax.data.units import UNIT_LESS, UNITS
 from dynrec_jax.errors import DataError
 
 USER = ("user_id", "user")
@@ -205,7 +206,7 @@ def _of_lists(table: pa.Table, name: str, path: Path) -> _Events:
             return None
         values = table.column(other).combine_chunks()
         lists = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
-        if not lists or not pc.list_value_length(values).equals(pc.list_value_length(column)):
+        if not lists or not _lengths(values).equals(_lengths(column)):
             raise DataError(f"{path}: column {other}: expected a list as long as {name} in each row")
         return pa.chunked_array([pc.list_flatten(values)])
 
@@ -215,8 +216,18 @@ def _of_lists(table: pa.Table, name: str, path: Path) -> _Events:
         pc.list_parent_indices(column).to_numpy(),
         items,
         None if times is None else _seconds(times, path),
-        None if types is None else _strings(types, "events", path),
+        None if types is None else _names(types, "events", path),
     )
+
+
+def _lengths(lists: pa.Array) -> pa.Array:
+    """int64 lengths of lists; none is an empty one."""
+    return pc.fill_null(pc.list_value_length(lists).cast(pa.int64()), 0)
+
+
+def _names(column: pa.ChunkedArray, name: str, path: Path) -> pa.Array | None:
+    """Names of event types; None where the column has none at all."""
+    return None if pa.types.is_null(column.type) else _strings(column, name, path)
 
 
 def _of_rows(table: pa.Table, path: Path) -> _Events:
@@ -224,24 +235,41 @@ def _of_rows(table: pa.Table, path: Path) -> _Events:
     times = None
     if "time" in table.column_names:
         seconds = _seconds(table.column("time"), path)
-        order = np.argsort(seconds, kind="stable")
-        table, times = table.take(pa.array(order)), seconds[order]
+        # By the column itself, which may be finer than seconds; equal times stay in the order of the rows.
+        number = pa.array(np.arange(table.num_rows))
+        keys = pa.table({"time": table.column("time"), "row": number})
+        order = pc.sort_indices(keys, sort_keys=[("time", "ascending"), ("row", "ascending")])
+        table, times = table.take(order), seconds[order.to_numpy()]
     encoded = table.column("user_id").combine_chunks().dictionary_encode()
     parents = encoded.indices.to_numpy(zero_copy_only=False)
     items = _strings(table.column("item"), "item", path)
-    types = _strings(table.column("event"), "event", path) if "event" in table.column_names else None
+    types = _names(table.column("event"), "event", path) if "event" in table.column_names else None
     return _Events(encoded.dictionary.to_pylist(), parents, items, times, types)
 
 
 def _seconds(times: pa.ChunkedArray, path: Path) -> np.ndarray:
-    """int64, whole seconds since 1970; DataError for what is no time."""
+    """int64, whole seconds since 1970; DataError for what is no time.
+
+    Numbers may be finer units, which are told by their size as `prepare` does, all in one unit.
+    """
     _check_times(times, path)
     if pa.types.is_temporal(times.type):
         times = times.cast(pa.timestamp("s", getattr(times.type, "tz", None)), safe=False).cast(pa.int64())
+        return np.asarray(times.combine_chunks().to_numpy(zero_copy_only=False), np.int64)
     values = times.combine_chunks().to_numpy(zero_copy_only=False)
-    if not np.isfinite(values).all():
-        raise DataError(f"{path}: a time is not finite; expected seconds since 1970")
-    return np.floor(values).astype(np.int64)
+    size = np.abs(values.astype(np.float64))
+    telling = size[size >= UNIT_LESS]
+    bounds = [bound for bound, _ in UNITS.values()]
+    found = np.unique(np.searchsorted(bounds, telling, side="right"))
+    if not np.isfinite(size).all() or (found >= len(bounds)).any():
+        raise DataError(f"{path}: a time is no number of seconds, ms, us or ns since 1970")
+    if len(found) > 1:
+        names = [name for i, name in enumerate(UNITS) if i in found]
+        raise DataError(
+            f"{path}: times look like {' and like '.join(names)}; expected one unit in the whole column"
+        )
+    divisor = list(UNITS.values())[int(found[0]) if len(found) else 0][1]
+    return (np.floor(values).astype(np.int64)) // divisor
 
 
 def _check_times(times: pa.ChunkedArray, path: Path) -> None:
@@ -250,7 +278,8 @@ def _check_times(times: pa.ChunkedArray, path: Path) -> None:
     if times.null_count:
         row = pc.index(times.is_null(), True).as_py() + 1
         raise DataError(f"{path}: row {row} has no time; expected one in every row, or no column time")
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_temporal(kind)):
+    moment = pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or moment):
         row, text = next(((i, t) for i, t in enumerate(times.to_pylist(), 1) if not _is_number(t)), (1, kind))
         raise DataError(f"{path}: row {row}: time {text!r} is no number; expected seconds since 1970")
 

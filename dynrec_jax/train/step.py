@@ -58,7 +58,7 @@ class Gradients(NamedTuple):
 
     Attributes:
       loss: scalar.
-      weight: scalar, number of targets.
+      weight: scalar, number of targets, or the sum of their weights where event types weigh differently.
       dense: gradient of what Optax updates.
       rows: float[B, L + 1, D], of the rows that were looked up for the batch; None on the dense path.
       shared: float[K, D], of the negatives' rows; None on the dense path.
@@ -127,7 +127,7 @@ def train_step(
     gradients = _row_gradients if model.sampled else _dense_gradients
     sums, touched = gradients(model, state, inputs, known, made, key, settings, parts)
     sums = made.pulled_back(sums)
-    weight = jnp.maximum(sums.weight, 1.0)
+    weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
     clip = Clip(settings.clip_norm, (optax.tree.norm(sums.dense) / weight) ** 2)
     rows_square = jnp.float32(0)
     if touched is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dynrec_jax.errors import ConfigError, MachineError
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 SHOWN = ("ndcg@10", "recall@10", "recall@50", "mrr")
 WIDE = 150  # columns of the table in a file
 # What two runs must have in common for their numbers to be of the same queries.
-PROTOCOL = ("evaluation.split", "evaluation.holdout", "evaluation.targets", "evaluation.filter_seen")
+PROTOCOL = tuple(
+    f"evaluation.{name}"
+    for name in ("split", "holdout", "validation_from", "test_from", "targets", "filter_seen")
+)
 DATA = ("data.target_events", "data.cold_items")
 
 
@@ -179,14 +183,16 @@ def write(out: Path, compared: list["Compared"], protocol: dict[str, Any]) -> No
 
 def show(compared: list["Compared"], protocol: dict[str, Any], console: Console) -> None:
     """The table: a row a run or baseline, with the interval of the main metric and whether it beats the first."""
-    main, first = SHOWN[0], compared[0].entry.name
+    from dynrec_jax.evaluate.comparison import main_metric
+
+    main, first = main_metric(compared[0].metrics), compared[0].entry.name
     seen = "seen items masked" if protocol["filter_seen"] else "seen items ranked"
     table = Table(
         title=f"{protocol['asked']}: {protocol['queries']:,} queries, {protocol['catalogue']:,} items",
         caption=f"{protocol['split']}, whole catalogue, {seen}, ties: {protocol['ties']}; leak: {protocol['leak']}; "
-        f"intervals: 95 %, users drawn with replacement, paired; differences in {main} to {first}",
+        f"intervals: 95 %, users drawn with replacement, paired; differences in {main} to {escape(first)}",
     )
-    others = [name for name in SHOWN[1:] if name in compared[0].metrics]
+    others = [name for name in SHOWN if name != main and name in compared[0].metrics]
     table.add_column("", overflow="fold")
     for column in (main, "95 %", *others, "difference", "95 %", "verdict"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -199,7 +205,7 @@ def show(compared: list["Compared"], protocol: dict[str, Any], console: Console)
             told.append(_verdict(apart.low, apart.high))
         runs = row.entry.about.get("runs", 1)
         name = f"{row.entry.name}, mean of {runs}" if runs > 1 else row.entry.name
-        table.add_row(name + (", told the time" if row.entry.about.get("query_time") else ""), *told)
+        table.add_row(escape(name) + (", told the time" if row.entry.about.get("query_time") else ""), *told)
     console.print(table)
     for row in compared:
         if "accuracy" in row.entry.about:

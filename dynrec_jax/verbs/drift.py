@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from dynrec_jax.evaluate.recommender import Lists
     from dynrec_jax.workdir import Run
 
-MAIN = "ndcg@10"
-
 
 def measure(run: "Run", evaluator: "Evaluator", lists: "Callable[..., Lists]") -> dict[str, Any]:
     """The slices of one run's evaluation, for JSON.
@@ -28,19 +26,31 @@ def measure(run: "Run", evaluator: "Evaluator", lists: "Callable[..., Lists]") -
       lists: of the model, as `Recommender.prepare` gives them.
     """
     from dynrec_jax.evaluate.baselines.known import BASELINES
-    from dynrec_jax.evaluate.baselines.learned import Learning, lists_of
+    from dynrec_jax.evaluate.baselines.learned import Learning
+    from dynrec_jax.evaluate.comparison import chosen_setting, main_metric, metric_names, scored_lists
     from dynrec_jax.evaluate.drift import measure_slices, recovery
+    from dynrec_jax.evaluate.evaluator import Evaluator, asked
     from dynrec_jax.evaluate.oracle import oracle_lists, synthetic_spec
     from dynrec_jax.evaluate.slices import Queries, all_slices
 
     learning = Learning(evaluator.histories, evaluator.splits, run.config)
     k = evaluator.recommender.k
     ranks = {"model": evaluator.ranks_of(lists)}
-    for name in ("popularity", "item_knn"):
-        scorer = next(iter(BASELINES[name](learning).values()))
-        ranks[name] = evaluator.ranks_of(
-            lists_of(scorer, learning.items, k, run.config.evaluation.filter_seen)
+    validation = None
+    if len(asked(evaluator.splits, "validation").users):
+        validation = Evaluator(
+            evaluator.histories,
+            evaluator.splits,
+            "validation",
+            run.model,
+            run.config,
+            run.mesh,
+            items=run.items,
         )
+    for name in ("popularity", "item_knn"):
+        scorers = BASELINES[name](learning)
+        scorer = scorers[chosen_setting(scorers, learning, validation)]
+        ranks[name] = evaluator.ranks_of(scored_lists(scorer, learning, evaluator))
     spec = synthetic_spec(run.dataset)
     if spec is not None:
         ranks["oracle"] = evaluator.ranks_of(oracle_lists(spec, run.dataset, k))
@@ -49,12 +59,13 @@ def measure(run: "Run", evaluator: "Evaluator", lists: "Callable[..., Lists]") -
     result: dict[str, Any] = {
         "split": evaluator.which,
         "step": run.step,
+        "metric": main_metric(metric_names(evaluator.ks)),
         "protocol": evaluator.protocol(),
         "slices": measure_slices(slices, queries, ranks, evaluator.ks),
     }
     shift = next((way for way in result["slices"] if way["name"] == "shift"), None)
     if shift is not None:
-        result["recovery"] = {name: recovery(shift, name) for name in ranks}
+        result["recovery"] = {name: recovery(shift, name, result["metric"]) for name in ranks}
     return result
 
 
@@ -75,7 +86,7 @@ def write(workdir: Path, result: Mapping[str, Any]) -> list[Path]:
     try:
         path.parent.mkdir(exist_ok=True)
         write_whole(path, json.dumps(result, indent=2) + "\n")
-        draw_drift(path.with_suffix(".png"), result["slices"], MAIN)
+        draw_drift(path.with_suffix(".png"), result["slices"], result["metric"])
     except OSError as error:
         raise MachineError(f"{path}: cannot be written ({error})") from None
     return [path, path.with_suffix(".png")]
@@ -85,7 +96,7 @@ def show(result: Mapping[str, Any]) -> None:
     """A row a bin: how many queries, and the main metric of each model."""
     console = Console()
     names = list(next(b["metrics"] for way in result["slices"] for b in way["bins"] if b["metrics"]))
-    table = Table(title=f"{result['split']}: {MAIN} in parts of the queries")
+    table = Table(title=f"{result['split']}: {result['metric']} in parts of the queries")
     for column in ("", "queries", *names):
         table.add_column(column, justify="right" if column else "left")
     for way in result["slices"]:
@@ -93,10 +104,13 @@ def show(result: Mapping[str, Any]) -> None:
         table.add_row(f"[bold]{way['title']}[/bold]")
         for each in way["bins"]:
             values = [
-                f"{each['metrics'][name][MAIN]['mean']:.4f}" if each["metrics"] else "" for name in names
+                f"{each['metrics'][name][result['metric']]['mean']:.4f}" if each["metrics"] else ""
+                for name in names
             ]
             table.add_row(f"  {each['label']}", f"{each['queries']:,}", *values)
     console.print(table)
     for name, events in result.get("recovery", {}).items():
         told = "does not come back" if events is None else f"is back after {events} events"
-        console.print(f"after a change of interest {name} {told} at 90 % of {MAIN} before", highlight=False)
+        console.print(
+            f"after a change of interest {name} {told} at 90 % of {result['metric']} before", highlight=False
+        )

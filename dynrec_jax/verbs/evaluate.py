@@ -52,6 +52,10 @@ def run(values: flags.FlagValues) -> None:
         name = "drift" if values.drift else "prequential"
         raise ConfigError(f"--{name}: is measured by one process, and this is one of several; start one")
     if values.prequential:
+        if values.drift or values.split != "test":
+            raise ConfigError(
+                "--prequential: walks through the test's time alone; leave --drift and --split out"
+            )
         _walk(Path(values.workdir), values.prequential, step, values.dataset, values.cache_dir)
         return
     result = measure(

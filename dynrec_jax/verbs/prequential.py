@@ -2,8 +2,9 @@
 
 The events from the test's moment on fall into N periods with as many events each. Every event of a period is asked for
 three ways: by the model and the histories as they were when the test began (`frozen`); by the same weights, with each
-history up to the event (`appended`); and by a model trained anew on all that came before the period, with each history
-up to the event (`retrained`), in WORKDIR/prequential.
+history up to the event (`appended`); and by a model trained anew before the period, with each history up to the event
+(`retrained`), in WORKDIR/prequential: on all up to as long before the period as the run's training ended before its
+test, and what lies between chooses the checkpoint.
 """
 
 import itertools
@@ -37,6 +38,7 @@ def measure(workdir: Path, run: "Run", periods: int, cache_dir: str | None = Non
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.data.cache import Histories
     from dynrec_jax.data.pipeline import time_cuts
+    from dynrec_jax.evaluate.comparison import main_metric
     from dynrec_jax.evaluate.evaluator import Evaluator
 
     config = run.config
@@ -65,15 +67,17 @@ def measure(workdir: Path, run: "Run", periods: int, cache_dir: str | None = Non
             row["retrained"] = row["appended"]  # nothing came between
         else:
             folder = workdir / "prequential" / f"{periods}-{number}"
-            train(_until(config, start, int(start) - (test - validation)), folder, cache_dir)
+            train(_until(run, start, start - (test - validation)), folder, cache_dir)
             again = workdirs.open(folder, "best", run.dataset.path)
             new = evaluator(again)
             row["retrained"] = _intervals(
                 new, new.ranks_of(new.recommender.prepare(again.params, again.tables))
             )
         rows.append(row)
-        protocol = asked.protocol()
-    return {"step": run.step, "protocol": protocol, "periods": rows}
+        protocol = {**asked.protocol(), "targets": "all", "test_from": test}
+        row["targets_in_history"] = protocol.pop("targets_in_history")
+    metric = main_metric(rows[0]["appended"])
+    return {"step": run.step, "metric": metric, "protocol": protocol, "periods": rows}
 
 
 def _edges(histories: Any, test: int, periods: int) -> np.ndarray:
@@ -117,7 +121,7 @@ def _frozen_ranks(run: "Run", asked: "Evaluator", ends_U: np.ndarray) -> np.ndar
 
 def _intervals(asked: "Evaluator", ranks_Q: np.ndarray) -> dict[str, Any]:
     from dynrec_jax.evaluate.bootstrap import interval, resampled_means
-    from dynrec_jax.evaluate.comparison import gains_of, metric_names
+    from dynrec_jax.evaluate.comparison import gains_of, main_metric, metric_names
 
     names = metric_names(asked.ks)
     gains_QxC = gains_of(ranks_Q, asked.ks)
@@ -125,14 +129,15 @@ def _intervals(asked: "Evaluator", ranks_Q: np.ndarray) -> dict[str, Any]:
     return {
         name: interval(gains_QxC[:, i].mean(), drawn[:, i]).as_dict()
         for i, name in enumerate(names)
-        if name in METRICS
+        if name in (main_metric(names), *METRICS)
     }
 
 
-def _until(config: ml_collections.ConfigDict, test: int, validation: int) -> ml_collections.ConfigDict:
+def _until(run: "Run", test: int, validation: int) -> ml_collections.ConfigDict:
     """The config of a model that is trained on what came before a moment."""
-    c = config.copy_and_resolve_references()
+    c = run.config.copy_and_resolve_references()
     with c.unlocked():
+        c.dataset = str(run.dataset.path)  # it may have moved
         c.evaluation.test_from, c.evaluation.validation_from = int(test), int(validation)
     return c.lock()
 
@@ -154,9 +159,8 @@ def write(workdir: Path, result: Mapping[str, Any]) -> list[Path]:
     try:
         path.parent.mkdir(exist_ok=True)
         write_whole(path, json.dumps(result, indent=2) + "\n")
-        draw_drift(
-            path.with_suffix(".png"), [{"title": "Periods after training, from", "bins": bins}], METRICS[0]
-        )
+        slices = [{"title": "Periods after training, from", "bins": bins}]
+        draw_drift(path.with_suffix(".png"), slices, result["metric"])
     except OSError as error:
         raise MachineError(f"{path}: cannot be written ({error})") from None
     return [path, path.with_suffix(".png")]
@@ -164,11 +168,11 @@ def write(workdir: Path, result: Mapping[str, Any]) -> list[Path]:
 
 def show(result: Mapping[str, Any]) -> None:
     """A row a period, with the three ways side by side."""
-    table = Table(title=f"{METRICS[0]} in each period, before anything of it is learnt from")
+    table = Table(title=f"{result['metric']} in each period, before anything of it is learnt from")
     for column in ("from", "queries", *WAYS):
         table.add_column(column, justify="left" if column == "from" else "right")
     for row in result["periods"]:
-        values = [row[name][METRICS[0]] for name in WAYS]
+        values = [row[name][result["metric"]] for name in WAYS]
         told = [f"{value['mean']:.4f} ({value['low']:.4f} to {value['high']:.4f})" for value in values]
         table.add_row(_date(row["from"]), f"{row['queries']:,}", *told)
     console = Console()

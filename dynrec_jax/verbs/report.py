@@ -4,6 +4,7 @@ Measures what `dynrec evaluate --drift` would, where that is not there yet. The 
 holds titles and histories of the users that it shows: keep it where the data may lie.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,15 +70,27 @@ def make(
 
     opened = workdirs.open(workdir, step, dataset)
     evaluation, parts = _measured(workdir, which, opened, dataset, cache_dir)
-    log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return page(
         f"{workdir.absolute().name}: {which}",
         _facts(opened, evaluation),
         evaluation,
         parts,
-        log,
+        _log(workdir),
         stories(opened, users, USERS, column, cache_dir or opened.config.data.cache_dir),
     )
+
+
+def _log(workdir: Path) -> list[dict[str, float]]:
+    """Lines of the run's metrics; one that was cut short when the run was killed is left out."""
+    found = []
+    try:
+        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _measured(

@@ -19,9 +19,11 @@ from dynrec_jax.evaluate.baselines import lstm as lstm_module
 from dynrec_jax.evaluate.baselines.content import tf_idf
 from dynrec_jax.evaluate.baselines.known import BASELINES
 from dynrec_jax.evaluate.baselines.learned import Learning, Unable, lists_of, top
+from dynrec_jax.evaluate.comparison import chosen_setting
 from dynrec_jax.evaluate.evaluator import Evaluator
 
 from .. import tiny
+from ..invariants.test_split_leak import poisoned
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +214,32 @@ def test_nothing_is_learnt_from_what_is_asked_for(name: str, learning: Learning)
     for setting, scorer in BASELINES[name](learning).items():
         again = BASELINES[name](other)[setting]
         np.testing.assert_array_equal(scores(scorer, learning), scores(again, learning))
+
+
+def test_the_lstm_learns_nothing_from_what_is_asked_for(learning: Learning, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lstm_module, "EPOCHS", 1)
+    late = poisoned(learning.histories, learning.splits.train_end)
+    found = [
+        next(iter(BASELINES["lstm"](Learning(source, learning.splits, learning.config)).values()))
+        for source in (learning.histories, late)
+    ]
+    np.testing.assert_array_equal(*(scores(scorer, learning) for scorer in found))
+
+
+def test_validation_chooses_the_setting_and_not_the_test(learning: Learning):
+    """Of two scorers, one knows the validation's targets and one the test's."""
+    model = tiny.bstm(learning.items)[0]
+    test, validation = (
+        Evaluator(learning.histories, learning.splits, which, model, learning.config, tiny.mesh(1, 1, 1))
+        for which in ("test", "validation")
+    )
+
+    def knowing(evaluator: Evaluator) -> Any:
+        target = dict(zip(evaluator.users_U.tolist(), evaluator.targets_U.tolist(), strict=True))
+        return lambda source, users_B, ends_B: np.array(
+            [np.arange(1, learning.items + 1) == target[user] for user in users_B.tolist()], float
+        )
+
+    scorers = {"knows the test": knowing(test), "knows validation": knowing(validation)}
+    assert chosen_setting(scorers, learning, validation) == "knows validation"
+    assert chosen_setting(scorers, learning, None) == "knows the test", "the first, where nobody is asked"

@@ -174,3 +174,14 @@ def test_nobody_to_ask_is_refused(histories: Histories):
         Evaluator(
             histories, Splits(histories.lengths, nobody, nobody), "test", model, config, tiny.mesh(1, 1, 1)
         )
+
+
+def test_recent_popularity_counts_before_the_moments_that_are_named(timed_dataset: Dataset, cache_dir: Path):
+    held = Histories(timed_dataset, cache_dir)
+    first = 1_600_000_000
+    # One event a minute: validation from the 150th on, and the last tenth of what comes before is recent.
+    moments = {"evaluation__validation_from": first + 150 * 60, "evaluation__test_from": first + 200 * 60}
+    config = tiny.config(evaluation__split="global_time", evaluation__recent=0.1, **moments)
+    counts = popularity_counts(held, make_splits(held, config), config)
+    assert counts["popularity"].sum() == 150
+    assert abs(int(counts["recent_popularity"].sum()) - 15) <= 1

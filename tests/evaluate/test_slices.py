@@ -98,9 +98,13 @@ def test_a_metric_is_back_where_it_first_reaches_nine_tenths():
             ]
         }
 
-    assert recovery(way([0.5, 0.5], [0.1, 0.3, 0.45, 0.2]), "model") == 2
-    assert recovery(way([0.4, 0.6], [0.449, 0.44]), "model") is None
-    assert recovery(way([], [1.0]), "model") is None
+    def back(before: list[float], after: list[float]) -> int | None:
+        return recovery(way(before, after), "model", "ndcg@10")
+
+    assert back([0.5, 0.5], [0.1, 0.3, 0.45, 0.2]) == 2
+    assert back([0.4, 0.6], [0.449, 0.44]) is None
+    assert back([], [1.0]) is None
+    assert back([0.0], [0.0]) is None, "there is nothing to come back to"
 
 
 def test_an_empty_bin_has_no_metrics():

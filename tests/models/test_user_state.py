@@ -37,6 +37,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# Models whose state reads the last events again once there are more than it sees.
+READS_AGAIN: dict[str, dict[str, Any]] = {
+    "absolute": {},
+    "absolute, asked": {"model__time": ("bias",), "model__query_time": True},
+    "absolute in a window": {"model__attention_window": 3, "model__layers": 2},
+    "relative without a window": {"model__positions": "relative", "model__layers": 2},
+}
+
+
 def made(changes: dict[str, Any]) -> tuple[Stream, Any, Any]:
     model, params, tables = tiny.bstm(ITEMS, event_types=TYPES, **changes)
     return Stream(model), tiny.shaken(params, scale=0.1), tables["item_id"]
@@ -84,3 +93,29 @@ def test_appending_gives_what_a_pass_over_the_whole_history_gives(case: str):
     assert count.tolist() == lengths.tolist()
     assert lengths.max() == steps
     np.testing.assert_allclose(found, whole[np.arange(users), lengths - 1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", READS_AGAIN)
+def test_other_models_see_their_last_events_as_scoring_does(case: str):
+    """Below their length one event after the other, from then on by reading again."""
+    users, steps = 200, 2 * LENGTH
+    stream, params, table = made(READS_AGAIN[case])
+    assert not stream.continues
+    items, times, types, lengths = random_events(users, steps)
+    rows, at = np.arange(users)[:, None], np.maximum(lengths - LENGTH, 0)[:, None] + np.arange(LENGTH)
+    inside = at < lengths[:, None]
+    ends = [np.where(inside, x[rows, np.minimum(at, steps - 1)], 0) for x in (items, times, types)]
+    later = (times.max(axis=1) + 1_000).astype(np.int32)
+
+    @jax.jit
+    def both() -> Any:
+        state = appended(stream, params, table, (items, times, types))
+        sight = stream.model.sight
+        asked = jnp.asarray(later) if sight.query_time else None
+        last = stream.model.last_vector(params, table[ends[0]], History(*map(jnp.asarray, ends), asked))
+        return stream.interest(params, table, state, jnp.asarray(later)), last
+
+    found, last = both()
+    assert (lengths < LENGTH).any()
+    assert (lengths > LENGTH).any()
+    np.testing.assert_allclose(found, last, rtol=0, atol=1e-5)

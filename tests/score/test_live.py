@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -16,6 +17,7 @@ from dynrec_jax import workdir as workdirs
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.errors import DataError
 from dynrec_jax.score.live import Live
+from dynrec_jax.score.users import new_histories
 
 from ..commands import Made, dynrec, make, one_line
 
@@ -117,11 +119,15 @@ def test_unknown_items_are_left_out_and_other_mistakes_refused(timed: Made, tmp_
         live.append(["new"], ["i01"])
     with pytest.raises(DataError, match="expected each once"):
         Live(run, ["a", "a"])
+    with pytest.raises(DataError, match="1 users and 2 times"):
+        live.append(["new"], ["i01"], [FIRST, FIRST])
+    with pytest.raises(DataError, match="is no number of seconds since 1970"):
+        live.append(["new"], ["i01"], [FIRST * 1000])
     path = tmp_path / "states.safetensors"
     live.save(path)
     tensors = load_file(path)
     save_file(tensors, path, {"format": "1", "weights": "others"})
-    with pytest.raises(DataError, match="states of other weights"):
+    with pytest.raises(DataError, match="states of other weights or items"):
         Live.load(run, path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match="not readable as users' states"):
@@ -152,6 +158,7 @@ def test_histories_of_a_file_bring_times_and_types(timed: Made, tmp_path: Path, 
     ("values", "told"),
     [
         ({"at": "yesterday"}, "--at=yesterday: expected a date such as 2026-01-31"),
+        ({"at": "20200101"}, "is before the dataset's first event (2020-09-13"),
         ({"at": "2020-10-15", "split": "test"}, "--split=test asks at the time of its targets"),
     ],
 )
@@ -187,3 +194,44 @@ def test_evaluation_asks_at_the_time_of_the_target(timed: Made, tmp_path: Path):
     ]
     assert result["users"] == len(lists)
     np.testing.assert_allclose(result["ndcg@10"], np.mean(gains), atol=1e-9)
+
+
+def test_times_of_a_file_may_be_finer_than_seconds(timed: Made, tmp_path: Path, capsys):
+    """In milliseconds as in seconds; and within a second the finer part orders events."""
+    log = pd.read_csv(timed.dataset.parent / "log.csv", dtype=str).rename(columns={"user": "user_id"})
+    log.to_csv(tmp_path / "s.csv", index=False)
+    log.assign(time=(log["time"].astype(int) * 1000).astype(str)).to_csv(tmp_path / "ms.csv", index=False)
+    one, other = (
+        scored(timed, tmp_path / unit, k=5, at="2020-10-15", users=tmp_path / f"{unit}.csv")
+        for unit in ("s", "ms")
+    )
+    assert {user: ids for user, (ids, _) in one.items()} == {user: ids for user, (ids, _) in other.items()}
+    mixed = log.assign(time=log["time"].where(log.index > 3, "1600000000000"))
+    mixed.to_csv(tmp_path / "mixed.csv", index=False)
+    capsys.readouterr()
+    assert dynrec("score", workdir=timed.workdir, out=tmp_path / "no", users=tmp_path / "mixed.csv") == 2
+    assert "look like seconds and like milliseconds" in one_line(capsys)
+    run, _ = opened(timed)
+    fine = pa.table({"user_id": ["a"] * 3, "item": ["i03", "i02", "i01"], "time": [100.9, 100.5, 100.1]})
+    assert new_histories(fine, run.item_ids, None).items.tolist() == [
+        run.item_ids.index(name).as_py() + 1 for name in ("i01", "i02", "i03")
+    ]
+
+
+def test_lists_of_either_width_and_events_without_a_type_are_read(timed: Made):
+    run, _ = opened(timed)
+    table = pa.table(
+        {
+            "user_id": ["a", "b"],
+            "items": pa.array([["i01", "i02"], []], pa.list_(pa.string())),
+            "times": pa.array([[5, 9], None], pa.large_list(pa.int64())),
+            "events": pa.array([[None, None], []], pa.list_(pa.null())),
+        }
+    )
+    found = new_histories(table, run.item_ids, None, 0, ["buy", "view"])
+    assert found.events.tolist() == [0, 0]
+    assert found.times is not None
+    assert found.times.tolist() == [5, 9]
+    durations = table.set_column(2, "times", pa.array([[5, 9], []], pa.list_(pa.duration("s"))))
+    with pytest.raises(DataError, match="expected seconds since 1970"):
+        new_histories(durations, run.item_ids, None, 0)

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from dynrec_jax.batch import PAD
+from dynrec_jax.data.cold import cold_items, without
 from dynrec_jax.data.kinds import TEXT
 from dynrec_jax.evaluate.baselines.content import WORD
 from dynrec_jax.evaluate.baselines.learned import Learning, Scorer, Unable
@@ -99,7 +100,9 @@ class LstmScorer:
         left_UxH = self._users_of(source, users_U, ends_U)
         taken_UxM = source.last_items(users_U, ends_U, int(ends_U.max(initial=1)))
         taken_UxM = np.concatenate([taken_UxM, targets_U[:, None]], axis=1)
-        others_U = _drawn(np.random.default_rng(0), taken_UxM, len(self._right_NxH), (len(users_U), 1))[:, 0]
+        rng, items = np.random.default_rng(0), len(self._right_NxH)
+        parts = [taken_UxM[start : start + USERS] for start in range(0, len(taken_UxM), USERS)]
+        others_U = np.concatenate([_drawn(rng, part, items, (len(part), 1))[:, 0] for part in parts])
         out, bias = (np.asarray(self._params[name]) for name in ("out", "out_bias"))
 
         def logits(items_U: np.ndarray) -> np.ndarray:
@@ -187,9 +190,20 @@ def _loss(params: Any, tokens_NxT: Array, items_BxM: Array, others_BxL: Array, k
     return (each_BxL * real_BxL).sum() / (2 * real_BxL.sum())
 
 
-def _drawn(rng: np.random.Generator, taken_BxM: np.ndarray, items: int, shape: tuple[int, int]) -> np.ndarray:
-    """int32[B, L], items of the catalogue that are not among `taken` of their row, as far as five draws find one."""
+def _drawn(
+    rng: np.random.Generator,
+    taken_BxM: np.ndarray,
+    items: int,
+    shape: tuple[int, int],
+    never: np.ndarray | None = None,
+) -> np.ndarray:
+    """int32[B, L], items of the catalogue that are not among `taken` of their row, as far as five draws find one.
+
+    Nor one of those that bool[N + 1] `never` names.
+    """
     taken = np.zeros((len(taken_BxM), items + 1), bool)
+    if never is not None:
+        taken |= never
     np.put_along_axis(taken, taken_BxM.astype(np.int64), True, axis=1)
     drawn = rng.integers(1, items + 1, shape)
     for _ in range(4):
@@ -201,6 +215,8 @@ def _drawn(rng: np.random.Generator, taken_BxM: np.ndarray, items: int, shape: t
 def _trained(learning: Learning, tokens_NxT: Array, words: int) -> Any:
     histories, ends_U = learning.histories, learning.splits.train_end
     users = np.flatnonzero(ends_U >= 2)
+    share = learning.config.data.cold_items
+    cold = cold_items(learning.items, share) if share else None
     rng = np.random.default_rng(learning.config.seed)
     longest = min(LONGEST, learning.config.data.max_length) + 1
     per_epoch = -(-len(users) // USERS)
@@ -222,7 +238,11 @@ def _trained(learning: Learning, tokens_NxT: Array, words: int) -> Any:
                 order[start : start + USERS], (0, max(0, start + USERS - len(order))), constant_values=-1
             )
             items_BxM = histories.last_items(some, np.where(some >= 0, ends_U[some], 0), longest)
-            others_BxL = _drawn(rng, items_BxM, learning.items, (USERS, longest - 1))
+            if cold is not None:
+                place_BxM, kept_B = without(items_BxM, (items_BxM != PAD).sum(axis=1), cold)
+                inside = np.arange(longest)[None] < kept_B[:, None]
+                items_BxM = np.where(inside, np.take_along_axis(items_BxM, place_BxM, axis=1), PAD)
+            others_BxL = _drawn(rng, items_BxM, learning.items, (USERS, longest - 1), cold)
             key = jax.random.fold_in(root, epoch * per_epoch + start // USERS)
             params, state, loss = step(params, state, items_BxM, others_BxL, key)
             losses.append(loss)

@@ -20,12 +20,12 @@ def popularity(learning: Learning) -> Mapping[str, Scorer]:
 def recent_popularity(learning: Learning) -> Mapping[str, Scorer]:
     """By how many an item has among the latest events; windows of several sizes."""
     found = {}
-    for share in (*WINDOWS, learning.config.evaluation.recent):
+    for share in dict.fromkeys((learning.config.evaluation.recent, *WINDOWS)):
         config = learning.config.copy_and_resolve_references()
         with config.unlocked():
             config.evaluation.recent = share
         counts = popularity_counts(learning.histories, learning.splits, config)
-        found[f"latest {share:.0%} of the events"] = _same(counts["recent_popularity"])
+        found[f"latest {100 * share:g} % of the events"] = _same(counts["recent_popularity"])
     return found
 
 

@@ -13,7 +13,7 @@ h3 { margin: 1em 0 0; }
 table { border-collapse: collapse; margin: 1em 0; } td, th { padding: .15em .8em; text-align: right; }
 td:first-child, th:first-child { text-align: left; } tr:nth-child(even) { background: #f6f6f6; }
 th { border-bottom: 1px solid #999; font-weight: 600; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1em 2em; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 1em 2em; }
 figure { margin: 0; } figcaption { font-weight: 600; } .about { color: #666; }
 svg { width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: #333; } .grid { stroke: #e5e5e5; }
 """.strip()

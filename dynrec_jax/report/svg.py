@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from dynrec_jax.report.interests import COLOURS, INK, REST_COLOUR
 
-WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 24, 64  # room around what is drawn
+WIDTH, HEIGHT = 640, 320
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 24, 84  # room around what is drawn
 
 
 class Point(NamedTuple):
@@ -159,13 +159,14 @@ def _axes(frame: _Frame, ticks: Sequence[tuple[float, str]], x_title: str, y_tit
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
     slanted = sum(len(label) for _, label in ticks) > 84
+    most = 24 if len(ticks) > 3 else 44
     for value, label in ticks:
         x, y = frame.across(value), HEIGHT - BOTTOM + 14
         # At either end a word is not cut off by the picture's edge.
         anchor = "start" if x < LEFT + 20 else "end" if x > WIDTH - RIGHT - 20 else "middle"
         slant = f' transform="rotate(-25 {x:.1f} {y})"' if slanted else ""
         turn = f' text-anchor="{"end" if slanted else anchor}"{slant}'
-        parts.append(f'<text x="{x:.1f}" y="{y}"{turn}>{escape(_short(label, 24))}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{y}"{turn}>{escape(_short(label, most))}</text>')
     if x_title:
         middle = (LEFT + WIDTH - RIGHT) / 2
         parts.append(

@@ -44,10 +44,11 @@ class Pairs(NamedTuple):
 
 
 def time_bucket(gap: Array, buckets: int) -> Array:
-    """The bucket of a gap in time, int32 from 0 to `buckets - 1`: `floor(buckets · log2(max(gap, 1)) / 32)`.
+    """The bucket of a gap in time, int32 from 0 to `buckets - 1`: `floor(buckets · log2(gap + 1) / 32)`.
 
-    A bucket is `32 / buckets` octaves wide. The logarithm is the straight line between powers of two, in steps of a
-    sixteenth, at most 0.15 below the true one; a power of two begins the bucket that the formula says.
+    A bucket is `32 / buckets` octaves wide, and events of the same second are apart from those of two seconds where
+    there are 32 buckets or more. The logarithm is the straight line between powers of two, in steps of a sixteenth, at
+    most 0.15 below the true one; one less than a power of two begins the bucket that the formula says.
 
     Args:
       gap: int32 seconds from 0 to 2**31 - 1, of any shape.
@@ -55,7 +56,8 @@ def time_bucket(gap: Array, buckets: int) -> Array:
     """
     # A float32 is its logarithm: the exponent with the leading bits of the fraction behind the point. Gaps from 2**24
     # up are rounded to 24 bits first. Nothing overflows: the logarithm is 16 · 31 at most.
-    bits = jax.lax.bitcast_convert_type(jnp.maximum(gap, 1).astype(jnp.float32), jnp.int32)
+    more = jnp.clip(gap, 0, 2**31 - 2) + 1
+    bits = jax.lax.bitcast_convert_type(more.astype(jnp.float32), jnp.int32)
     return (((bits >> 19) - 127 * 16) * buckets) >> 9
 
 

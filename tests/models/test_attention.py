@@ -76,7 +76,7 @@ def bias_of(length: int, kind: str, tables: Any = None) -> Bias | None:
 
 def bucket_of(gap: int, buckets: int) -> int:
     """The documented formula in whole numbers: sixteenths of log2, cut off."""
-    gap = max(gap, 1)
+    gap = min(gap, 2**31 - 2) + 1
     octave = gap.bit_length() - 1
     sixteenths = gap * 16 // 2**octave - 16
     return (16 * octave + sixteenths) * buckets // (32 * 16)

@@ -25,11 +25,8 @@ def popularity_counts(
         quantiles = dataset.info["time_quantiles"]
         last = len(quantiles) - 1
         trained = 1.0
-        if config.evaluation.test_from and config.evaluation.split == "global_time":
-            cut = time_cuts(histories, config.evaluation)[0]
-            trained = float(np.searchsorted(quantiles, cut) / last)
-        elif config.evaluation.split == "global_time":
-            trained = 1 - 2 * config.evaluation.holdout
+        if config.evaluation.split == "global_time":
+            trained = float(np.searchsorted(quantiles, time_cuts(histories, config.evaluation)[0]) / last)
         since = int(quantiles[round(trained * (1 - share) * last)])
         result["recent_popularity"] = histories.item_counts(splits.train_end, since=since)
     else:

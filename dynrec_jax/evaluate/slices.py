@@ -68,7 +68,7 @@ def all_slices(learning: Learning, queries: Queries, vectors: Callable[[], np.nd
     return [*found, shift] if shift is not None else found
 
 
-def _spans(seconds_Q: np.ndarray, before: str = "") -> tuple[tuple[str, ...], np.ndarray]:
+def _spans(seconds_Q: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
     """Labels and bins of spans of time."""
     limits = np.array([limit for limit, _ in SPANS])
     names = [name for _, name in SPANS]

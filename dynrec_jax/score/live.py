@@ -25,6 +25,7 @@ from dynrec_jax.parallel.mesh import row_pieces
 from dynrec_jax.workdir import Run
 
 FORMAT = "1"
+TOGETHER = 1_024  # users of a batch at most
 SMALLEST = (
     8  # users of a batch; larger ones are of twice as many, and so on, so that few programs are compiled
 )
@@ -138,8 +139,8 @@ class Live:
     ) -> Lists:
         """As `recommend`, with users and items by number, and moments in seconds since the dataset's first event."""
         made = []
-        for start in range(0, len(number_B), 1024):
-            rows = number_B[start : start + 1024]
+        for start in range(0, len(number_B), TOGETHER):
+            rows = number_B[start : start + TOGETHER]
             size = self._size(len(rows))
             row_B = np.pad(rows, (0, size - len(rows)), constant_values=len(self.users)).astype(np.int32)
             longest = max((len(self._seen[i]) for i in rows), default=0) if filter_seen else 0
@@ -149,7 +150,7 @@ class Live:
                     seen_BxM[place, : len(self._seen[number])] = self._seen[number]
             asked = None
             if moment_B is not None:
-                asked = jnp.asarray(np.pad(moment_B[start : start + 1024], (0, size - len(rows))))
+                asked = jnp.asarray(np.pad(moment_B[start : start + TOGETHER], (0, size - len(rows))))
             with jax.set_mesh(self._mesh):
                 ids, scores = self._best(
                     self.run.params, (self._vectors, self._table), self.states, (row_B, asked), seen_BxM, k
@@ -164,9 +165,9 @@ class Live:
         numbers = {user: i for i, user in enumerate(histories.ids_of(np.arange(histories.users)))}
         pairs = [(self._number[user], numbers[user]) for user in self.users if user in numbers]
         ends_U = histories.lengths if ends_U is None else ends_U
-        for start in range(0, len(pairs), 1024):
+        for start in range(0, len(pairs), TOGETHER):
             own, theirs = (
-                np.array(part, np.int64) for part in zip(*pairs[start : start + 1024], strict=True)
+                np.array(part, np.int64) for part in zip(*pairs[start : start + TOGETHER], strict=True)
             )
             longest = int(ends_U[theirs].max(initial=0))
             columns = histories.windows(theirs, ends_U[theirs], longest)
@@ -301,7 +302,7 @@ def _user_axis(states: UserState) -> UserState:
 
 
 def _rounds(number_E: np.ndarray) -> Iterator[np.ndarray]:
-    """Events in rounds, in order, of which each has no user twice: places of 1,024 at most."""
+    """Events in rounds, in order, of which each has no user twice: places of `TOGETHER` at most."""
     if len(number_E) == 0:
         return
     order = np.argsort(number_E, kind="stable")
@@ -312,5 +313,5 @@ def _rounds(number_E: np.ndarray) -> Iterator[np.ndarray]:
     turn_E[order] = repeat  # how many events of the same user come before
     for turn in range(int(turn_E.max()) + 1):
         places = np.flatnonzero(turn_E == turn)
-        for start in range(0, len(places), 1024):
-            yield places[start : start + 1024]
+        for start in range(0, len(places), TOGETHER):
+            yield places[start : start + TOGETHER]

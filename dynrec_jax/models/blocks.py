@@ -18,6 +18,9 @@ from dynrec_jax.models.time import Turns, turned
 
 Array = jax.Array
 MEMORY = "memory"  # collection of the keys and values that a user's state keeps
+# Attention's bias is so many times its parameters. Adam moves a parameter by the learning rate a step, so that of some
+# hundred steps a bias would stay below 1, which singles nothing out; events of the same page need 3 and more.
+BIAS_SCALE = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,9 +205,9 @@ class Attention(nn.Module):
                 raise ValueError(
                     f"time_buckets={s.time_buckets}: attention needs the events' times; found none"
                 )
-            time = self.param("time_bias", init, (s.heads, s.time_buckets), jnp.float32)
+            time = BIAS_SCALE * self.param("time_bias", init, (s.heads, s.time_buckets), jnp.float32)
         if s.distances:
-            distance = self.param("distance_bias", init, (s.heads, s.distances), jnp.float32)
+            distance = BIAS_SCALE * self.param("distance_bias", init, (s.heads, s.distances), jnp.float32)
         return None if time is None and distance is None else Bias(time, at.asked, at.times, distance)
 
 

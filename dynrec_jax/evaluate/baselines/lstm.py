@@ -1,6 +1,6 @@
 """The network that this project grew from: two LSTMs, one over a user's history and one over what an item is.
 
-Averages of their outputs (of the user's, the last 20), one after the other, go through Dense 64, ReLU, and one unit
+Averages of their outputs (of the user's, the last 5), one after the other, go through Dense 64, ReLU, and one unit
 with a sigmoid: the probability that the user takes the item next. Trained by binary cross-entropy on each next item and
 one item drawn at random that the user has not taken; the share of both that it tells right is its accuracy.
 """
@@ -23,10 +23,10 @@ from dynrec_jax.evaluate.recommender import HistorySource
 
 DIM = 64  # of words, of both LSTMs and of the dense layer
 LONGEST = 200  # events of a history
-POOLED = 20  # outputs of the user's LSTM that are averaged: the last ones, which have read all before them
-WORDS = 12  # of an item, behind its id
-USERS = 128  # of a step
-EPOCHS = 20
+POOLED = 5  # outputs of the user's LSTM that are averaged: the last ones, which have read all before them
+WORDS = 5  # of an item, behind its id
+USERS = 64  # of a step
+EPOCHS = 70
 DROPOUT = 0.2  # of what is read, while it trains
 RATE = 3e-3
 MOST = 50_000  # items: all of them are read at each step

@@ -21,14 +21,15 @@ from dynrec_jax.parallel.processes import COUNT, several
 VERBS = {
     "prepare": "raw logs to a dataset folder",
     "train": "train a model, or go on with a run",
+    "sweep": "many trainings: what an experiment file lists or searches, by any number of workers",
     "evaluate": "metrics of a run on the whole catalogue",
     "compare": "several runs and all baselines in one table, with intervals",
     "report": "one page about a run: metrics, curves, drift, users' interests",
     "score": "recommendations for users, as Parquet",
     "compile": "will it fit, and how fast: for TPUs or GPUs that need not be there",
 }
-HEAVY = ("train", "evaluate", "compare", "report", "score")  # verbs that compute with XLA
-ALONE = ("prepare", "compile", "compare", "report")  # verbs of one process
+HEAVY = ("train", "sweep", "evaluate", "compare", "report", "score")  # verbs that compute with XLA
+ALONE = ("prepare", "sweep", "compile", "compare", "report")  # verbs of one process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -198,6 +198,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.logging = ml_collections.ConfigDict()
     c.logging.every = 50  # steps between lines of metrics
     c.logging.tensorboard = False  # needs the extra "tensorboard"
+    c.logging.wandb = ""  # a project of Weights & Biases; needs the extra "wandb"
+    c.logging.mlflow = ""  # an experiment of MLflow, where MLFLOW_TRACKING_URI says; needs the extra "mlflow"
+    c.logging.group = ""  # what runs belong together there; of a sweep's trials, the sweep
     return c.lock()
 
 

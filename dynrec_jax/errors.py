@@ -25,6 +25,10 @@ class ConfigError(UserError):
     """A config key or value, or a flag, that is unknown, mistyped or contradicts another."""
 
 
+class HeldRunError(ConfigError):
+    """Another process trains in the run folder."""
+
+
 class DataError(UserError):
     """Input data, a dataset folder or a run folder that is missing, damaged or not what it must be."""
 

@@ -1,9 +1,46 @@
 """Files that are whole or not there: written under a temporary name, synced, renamed."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
+
+LOCK = ".lock"  # in a folder that one process may hold
+
+
+class HeldError(Exception):
+    """Another process holds the folder."""
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds a folder, against other processes that ask; the lock goes with the process, however it ends.
+
+    Raises:
+      HeldError: another process holds it.
+    """
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HeldError(str(folder)) from None
+        except OSError:  # a file system without locks: nothing can be held, and nothing is refused
+            pass
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a folder."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with held(folder):
+            return False
+    except HeldError:
+        return True
 
 
 def temporary_name(path: Path) -> Path:

@@ -6,11 +6,12 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import math
+import os
 import platform
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,8 @@ from dynrec_jax import __version__
 from dynrec_jax import config as configs
 from dynrec_jax.data.dataset import Dataset, open_dataset
 from dynrec_jax.data.new_items import NewItems, read_new_items
-from dynrec_jax.errors import ConfigError, DataError, MachineError
-from dynrec_jax.files import is_temporary, remove_temporary, write_whole
+from dynrec_jax.errors import ConfigError, DataError, HeldRunError, MachineError
+from dynrec_jax.files import LOCK, HeldError, held, is_temporary, remove_temporary, write_whole
 from dynrec_jax.models.features import Items, read_items
 from dynrec_jax.models.model import Model
 from dynrec_jax.models.towers.kinds import columns_of
@@ -36,10 +37,10 @@ from dynrec_jax.parallel.mesh import usable_mesh
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.rules import sharding, tree_shardings
 from dynrec_jax.parallel.table import ids_of, lookup, rows_for
+from dynrec_jax.train.arrays import UNFINISHED
 from dynrec_jax.train.checkpoint import open_model
 
 FORMAT = 1
-LOCK = ".lock"
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -143,25 +144,42 @@ def locked(path: Path, processes: Processes = ALONE) -> Iterator[None]:
     """Holds a run folder for one run, which may write there; the lock goes with process 0, however it ends.
 
     Raises:
-      ConfigError: another run on this machine trains there.
+      HeldRunError: another run on this machine trains there.
     """
     with contextlib.ExitStack() as held:
         processes.first_does(lambda: held.enter_context(_lock(path)))
         yield
 
 
+def copy_of(path: Path, new: Path) -> None:
+    """Copies a run, which may still go on, as of its newest checkpoint; nothing where it has none yet.
+
+    Args:
+      path: the run folder.
+      new: the folder to make, which is not there yet; it is there whole or not at all.
+    """
+    making = new.with_name(f".{new.name}.copy")
+    for _ in range(3):  # a checkpoint that is given up in the meantime is not missed: there is a newer one
+        shutil.rmtree(making, ignore_errors=True)
+        try:
+            shutil.copytree(path, making, ignore=shutil.ignore_patterns(LOCK, f"*{UNFINISHED}*", ".*"))
+        except OSError:  # shutil.Error, of files that have gone, is one
+            continue
+        if (making / "config.json").exists():
+            os.replace(making, new)
+            return
+    shutil.rmtree(making, ignore_errors=True)
+
+
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    with (path / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{path}: another process trains there; wait for it, end it, or choose another --workdir"
-            ) from None
-        except OSError:  # a file system without locks: nothing can be held, and nothing is refused
-            pass
-        yield
+    try:
+        with held(path):
+            yield
+    except HeldError:
+        raise HeldRunError(
+            f"{path}: another process trains there; wait for it, end it, or choose another --workdir"
+        ) from None
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 # devices are shared out over processes.
 #
 #   bash launch/local.sh N VERB [--flag=value …]       such as: bash launch/local.sh 2 train --config=… --workdir=…
+#   bash launch/local.sh N sweep [--flag=value …]      a sweep with N workers, each on its share of the machine
 #
 # On CPU each process has 4 simulated devices; JAX_NUM_CPU_DEVICES changes that. When one process fails, the others
 # get DYNREC_GRACE seconds (15) to end by themselves; the exit status is that of the first that failed.
@@ -19,6 +20,12 @@ esac
 shift
 
 . "$root/launch/environment.sh"
+
+# A sweep's workers are no processes of one run: each trains trials of its own.
+if [ "${1:-}" = sweep ]; then
+  shift
+  exec dynrec sweep --workers="$number" "$@"
+fi
 
 port="$(python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 export JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$number"

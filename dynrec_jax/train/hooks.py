@@ -6,6 +6,7 @@ is never waited for. A hook returns a reason where the run should stop.
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import ml_collections
@@ -21,6 +22,8 @@ from dynrec_jax.train.state import TrainState
 
 Metrics = dict[str, Any]
 CLOCK = ("histories_per_second", "utilisation")  # of the log: what differs between runs that are the same
+# (step, the metric where it was measured) -> why the run should end, if it should
+Watch = Callable[[int, float | None], str | None]
 PAUSES = (2.0, 5.0, 10.0)  # seconds before another try to write the last checkpoint
 
 
@@ -153,6 +156,18 @@ class EvaluateHook:
             )
             return str(self.standing["stopped"])
         return None
+
+
+class WatchHook:
+    """Tells somebody outside after each step what was measured there; a reason that comes back ends the run."""
+
+    def __init__(self, watch: Watch, evaluation: EvaluateHook):
+        self._watch = watch
+        self._evaluation = evaluation
+
+    def __call__(self, step: int, state: TrainState, metrics: Metrics, last: bool) -> str | None:
+        """What the watch says; nothing is told of an end that it has asked for."""
+        return self._watch(step, self._evaluation.value)
 
 
 class CheckpointHook:

@@ -38,7 +38,7 @@ from dynrec_jax.parallel.rules import sharding
 from dynrec_jax.parallel.table import in_rows, rows_for
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.flops import Utilisation, training_cost
-from dynrec_jax.train.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, Metrics
+from dynrec_jax.train.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, Metrics, Watch, WatchHook
 from dynrec_jax.train.metrics_writer import MetricsWriter, SilentWriter
 from dynrec_jax.train.optimizer import make_optimizer, make_row_optimizer, make_schedule
 from dynrec_jax.train.peak import peak_of_process
@@ -47,6 +47,7 @@ from dynrec_jax.train.progress import Progress
 from dynrec_jax.train.state import Given, TrainState, abstract_state, check_tables, fresh_state
 from dynrec_jax.train.step import CompiledStep, Inputs, StepSettings
 from dynrec_jax.train.texts import Read, TextBatches
+from dynrec_jax.train.trackers import Trackers
 
 MOST_OF_A_ROW = 4  # arrays of the table's size, itself included: Adam's moments, and numbers of rows
 
@@ -59,6 +60,7 @@ def train(
     folder: Path,
     mesh: Mesh,
     processes: Processes = ALONE,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint in `folder/checkpoints` where there is one.
 
@@ -68,6 +70,7 @@ def train(
       folder: the run folder, which all processes see; process 0 writes there what is written once.
       mesh: over the devices of all processes.
       processes: that train together.
+      watch: is told after each step what was measured, and may end the run; in all processes alike.
 
     Returns:
       How the run stands: `step`, and `best`, `best_step` by the validation metric.
@@ -99,7 +102,9 @@ def train(
             start, standing = progress["step"], progress["standing"]
         progress_bar.goes_on(start)
         writer = (
-            MetricsWriter(folder, start, config.logging.tensorboard) if processes.first else SilentWriter()
+            MetricsWriter(folder, start, Trackers(config, folder, start, progress_bar.say))
+            if processes.first
+            else SilentWriter()
         )
         opened.enter_context(contextlib.closing(writer))
         running = training_counts(config, histories, splits, mesh, own)
@@ -107,7 +112,9 @@ def train(
         evaluator = _evaluator(config, histories, splits, model, mesh, processes, items)
         evaluation = EvaluateHook(config, evaluator, writer, standing, progress_bar)
         log = LogHook(config, writer, progress_bar, start, utilisation(config, model, state, processes))
-        hooks: list[Hook] = [log, evaluation, CheckpointHook(config, checkpoints, evaluation, log)]
+        watching = [] if watch is None else [WatchHook(watch, evaluation)]
+        # Told before it is saved: a run that is killed between measures, and tells, again.
+        hooks: list[Hook] = [log, evaluation, *watching, CheckpointHook(config, checkpoints, evaluation, log)]
         step = start
         if start < config.train.steps and not standing.get("stopped"):
             if items.text is not None:

@@ -1,14 +1,12 @@
-"""Metrics over time: JSON lines, and TensorBoard where it is asked for."""
+"""Metrics over time: JSON lines, and whatever else follows a run."""
 
 import errno
 import json
-import math
 import os
 from pathlib import Path
-from typing import Any
 
-from dynrec_jax.errors import ConfigError
 from dynrec_jax.files import write_whole
+from dynrec_jax.train.trackers import Trackers
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -21,32 +19,20 @@ class MetricsWriter:
     when it does.
     """
 
-    def __init__(self, folder: Path, start: int, tensorboard: bool):
-        """Raises ConfigError where TensorBoard is asked for and not installed."""
-        board: Any = None
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise ConfigError(
-                    "config.logging.tensorboard: tensorboardX is not installed; "
-                    "pip install 'dynrec-jax[tensorboard]'"
-                ) from None
-            board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    def __init__(self, folder: Path, start: int, trackers: Trackers | None = None):
+        """`trackers` get the same numbers, and are closed with this."""
         path = folder / "metrics.jsonl"
         _rewind(path, start)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
         self._left = b""
-        self._board = board
+        self._trackers = trackers
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of scalars; it is in the file when this returns, unless the disk is full."""
         self._left += json.dumps({"step": step, **values}).encode() + b"\n"
         self._try()
-        if self._board is not None:
-            for name, value in values.items():
-                if math.isfinite(value):
-                    self._board.add_scalar(name, value, step)
+        if self._trackers is not None:
+            self._trackers.write(step, values)
 
     def sync(self) -> None:
         """Returns when what was written is on the disk; raises OSError where it is full."""
@@ -57,8 +43,8 @@ class MetricsWriter:
         """Closes the files. Lines that a full disk has not taken are of steps that no checkpoint holds."""
         self._try()
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def _try(self) -> None:
         try:

@@ -5,6 +5,7 @@ Every key of the config is a flag of its own, so an unknown key and a mistyped v
 """
 
 import ast
+import inspect
 import re
 import runpy
 import traceback
@@ -20,6 +21,7 @@ from dynrec_jax.errors import ConfigError
 FLAG = "config"
 PREFIX = f"{FLAG}."
 EXPECTED = "expected an experiment file, such as experiments/ml1m.py"
+SWEEPS = "experiments/sweeps/ has examples"
 
 
 class _TupleParser(flags.ArgumentParser[tuple[Any, ...]]):
@@ -84,11 +86,20 @@ def read_config(values: flags.FlagValues) -> ml_collections.ConfigDict:
     return config
 
 
-def load(text: str) -> Any:
-    """What `get_config` of a file returns; of `FILE:ARGUMENT`, `get_config(ARGUMENT)`.
+def load_sweep(values: flags.FlagValues) -> Any:
+    """What `get_sweep` of the experiment file returns; it is given the file's argument where it takes one.
 
     Raises:
-      ConfigError: there is no such file, it has no `get_config`, or it fails; the message names the line.
+      ConfigError: the file has no `get_sweep`, or it fails.
+    """
+    return load(str(values[FLAG].value), "get_sweep", f"expected get_sweep() beside get_config(); {SWEEPS}")
+
+
+def load(text: str, function: str = "get_config", expected: str = EXPECTED) -> Any:
+    """What a function of an experiment file returns; of `FILE:ARGUMENT`, what it returns of the argument.
+
+    Raises:
+      ConfigError: there is no such file, it has no such function, or it fails; the message names the line.
     """
     name, *argument = text.split(":", 1)
     path = Path(name)
@@ -97,10 +108,12 @@ def load(text: str) -> Any:
         raise ConfigError(f"--{FLAG}: {path}: {found}; {EXPECTED}")
     try:
         # Compiled from the text each time: bytecode on the disk may be that of an edit within the same second.
-        get_config = runpy.run_path(str(path), run_name="experiment").get("get_config")
-        if get_config is None:
-            raise ConfigError(f"--{FLAG}: {path}: has no function get_config; {EXPECTED}")
-        return get_config(*argument)
+        made = runpy.run_path(str(path), run_name="experiment").get(function)
+        if made is None:
+            raise ConfigError(f"--{FLAG}: {path}: has no function {function}; {expected}")
+        if function != "get_config" and not inspect.signature(made).parameters:
+            return made()
+        return made(*argument)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # the file is the user's own code and may fail in any way

@@ -1,6 +1,5 @@
 """Trains what an experiment file describes; started again, it goes on from the newest checkpoint."""
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from dynrec_jax.data.dataset import Dataset
     from dynrec_jax.models.towers.tower import Job
     from dynrec_jax.parallel.mesh import Feed
+    from dynrec_jax.train.hooks import Watch
 
 
 def define_flags() -> flags.FlagValues:
@@ -45,6 +45,7 @@ def train(
     workdir: Path,
     cache_dir: str | None = None,
     processes: Processes = ALONE,
+    watch: "Watch | None" = None,
 ) -> dict[str, Any]:
     """Checks that config, dataset and run folder fit, then trains; returns how the run stands.
 
@@ -53,6 +54,7 @@ def train(
       workdir: the run folder, made where it is not there.
       cache_dir: memory-mapped copies of the shards, and compiled programs; None for the config's.
       processes: that train together; each has read its own config and sees the same run folder.
+      watch: as `train.loop.train` takes it.
     """
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.data.cache import Histories
@@ -62,7 +64,7 @@ def train(
     from dynrec_jax.parallel.table import rows_for
     from dynrec_jax.train import loop
 
-    dataset = processes.agree(lambda: _checked_dataset(config, workdir))
+    dataset = processes.agree(lambda: checked_dataset(config, workdir))
     processes.check_same(
         _must_be_same(config, dataset), "start all with the same config, dataset and packages"
     )
@@ -97,7 +99,7 @@ def train(
 
         processes.first_does(lambda: keep_text_model(config, dataset, workdir))
     with workdirs.locked(workdir, processes):
-        standing = loop.train(config, histories, workdir, mesh, processes)
+        standing = loop.train(config, histories, workdir, mesh, processes, watch)
     if not processes.first:
         return standing
     best = standing.get("best")
@@ -107,16 +109,14 @@ def train(
     return standing
 
 
-def _checked_dataset(config: ml_collections.ConfigDict, workdir: Path) -> "Dataset":
+def checked_dataset(config: ml_collections.ConfigDict, workdir: Path) -> "Dataset":
     """The dataset folder, after all that can be checked without a device."""
     from dynrec_jax.data.dataset import open_dataset
     from dynrec_jax.data.examples import check_batch
     from dynrec_jax.evaluate.evaluator import measured_ks
+    from dynrec_jax.train.trackers import check_installed
 
-    if config.logging.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise ConfigError(
-            "config.logging.tensorboard: tensorboardX is not installed; pip install 'dynrec-jax[tensorboard]'"
-        )
+    check_installed(config)
     if not config.dataset:
         raise ConfigError("config.dataset is empty; expected a dataset folder made by `dynrec prepare`")
     dataset = open_dataset(Path(config.dataset))

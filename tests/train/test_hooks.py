@@ -80,7 +80,7 @@ class Scripted:
 def run(folder: Path, steps: int, evaluator: Any = None, recorder: Any = None, **changes: Any) -> Recorder:
     """`steps` steps of a run without a model, all hooks called as the loop calls them."""
     config = tiny.config(logging__every=1, **{"train__evaluate_every": 0, **changes})
-    writer = MetricsWriter(folder, 0, False)
+    writer = MetricsWriter(folder, 0)
     progress = Progress("test", steps)
     log = LogHook(config, writer, progress, 0)
     recorder = recorder or Recorder(folder / "metrics.jsonl")
@@ -104,7 +104,7 @@ def test_a_line_of_the_log_has_the_share_of_the_peak_since_the_line_before(
     told: list[Any] = []
     progress = types.SimpleNamespace(update=lambda *values: told.append(values))
     counts = Utilisation(Cost(target=3.0, pair=5.0), peak=20.0) if known else None
-    with contextlib.closing(MetricsWriter(tmp_path, 0, False)) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, 0)) as writer:
         log = LogHook(tiny.config(logging__every=2), writer, progress, 0, counts)  # type: ignore[arg-type]
         state = TrainState(None, None, None, None, None)
         for step, (targets, attended) in enumerate([(10.0, 20.0), (5.0, 7.0), (4.0, 6.0)], 1):

@@ -1,0 +1,41 @@
+"""Whether the process that holds a trial still lives."""
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+Identity = dict[str, Any]
+
+
+@cache
+def machine() -> str:
+    """This machine since it was started, and the processes that are visible here: numbers of others mean nothing."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{platform.node()}:{boot}:{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return platform.node()
+
+
+def own() -> Identity:
+    """This process."""
+    return {"machine": machine(), "pid": os.getpid(), "started": started(os.getpid())}
+
+
+def is_dead(identity: Identity) -> bool:
+    """Whether that process certainly has ended; those of other machines may have."""
+    if identity.get("machine") != machine():
+        return False
+    return started(int(identity.get("pid", 0))) != identity.get("started")
+
+
+def started(pid: int) -> int:
+    """When a process of this machine was started, in the kernel's ticks; -1 where there is none, or a dead one."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        state, *rest = text.rpartition(")")[2].split()
+        return -1 if state in "ZX" else int(rest[18])
+    except (OSError, ValueError, IndexError):
+        return -1

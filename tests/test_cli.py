@@ -14,7 +14,7 @@ from dynrec_jax.verbs.experiment import read_config
 
 from .commands import digest, experiment, one_line
 
-VERBS = ["prepare", "train", "evaluate", "compare", "report", "score", "compile"]
+VERBS = ["prepare", "train", "sweep", "evaluate", "compare", "report", "score", "compile"]
 HEAD = "from dynrec_jax.config import default_config\ndef get_config():\n    c = default_config()\n"
 
 

@@ -117,6 +117,12 @@ def test_a_grid_with_two_workers(tmp_path: Path, dataset: Path, seeds: int) -> N
     assert other.stderr.count("\n") == 1
 
 
+# Shells have what they start in the background ignore interrupts, these tests perhaps among it.
+INTERRUPTIBLE = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 LONG = {"train__steps": 120, "train__checkpoint_every": 10, "train__evaluate_every": 60}
 
 
@@ -126,7 +132,11 @@ def test_interrupted_it_goes_on_where_it_was(tmp_path: Path, dataset: Path) -> N
     workdir = tmp_path / "interrupted"
     flags = [f"--config={config}", f"--workdir={workdir}"]
     first = subprocess.Popen(
-        command("sweep", *flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", INTERRUPTIBLE, *command("sweep", *flags)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     saved = workdir / "trials" / "0000" / "checkpoints"
     limit = time.monotonic() + 120

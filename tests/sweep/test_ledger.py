@@ -381,7 +381,9 @@ SPACE = {
 }
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "qmc", "nsgaii"])
+@pytest.mark.parametrize(
+    "sampler", ["random", "tpe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qmc", "nsgaii"))]
+)
 def test_a_search_draws_within_its_ranges_whoever_draws(bench: Bench, tmp_path: Path, sampler: str) -> None:
     sweep = make(default_config(), search(SPACE, trials=16, sampler=sampler, seed=2, startup=5))
 

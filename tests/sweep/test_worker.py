@@ -140,13 +140,13 @@ def test_one_that_ended_by_itself_is_complete(tmp_path: Path) -> None:
 def test_a_trial_that_was_given_up_and_killed_is_not_trained_again(tmp_path: Path) -> None:
     sweep = sweep_of(6, pruner="median")
     ledger = StudyLedger(sweep, Storage(f"sqlite:///{tmp_path / 'sweep.db'}"), "test", tmp_path, 60.0)
-    for number in range(6):
+    for value in (0.9, 0.8, 0.7, 0.6, 0.9, 0.5):
         task = ledger.claim()
         assert task is not None
-        trained(tmp_path / task.folder, 5, 1.0 - number / 10)
-        if not ledger.report(task, 5, 1.0 - number / 10):
-            ledger.finish(task, COMPLETE, 5, {METRIC: 1.0 - number / 10})
-    assert ledger.rows()[5].state == RUNNING
+        trained(tmp_path / task.folder, 5, value)
+        if not ledger.report(task, 5, value):
+            ledger.finish(task, COMPLETE, 5, {METRIC: value})
+    assert [row.state for row in ledger.rows()] == [COMPLETE] * 5 + [RUNNING]
     ledger.release(task)
 
     def train(config: Any, folder: Path, watch: Any) -> dict[str, Any]:

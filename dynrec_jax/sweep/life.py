@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,22 @@ def is_dead(identity: Identity) -> bool:
     if identity.get("machine") != machine():
         return False
     return started(int(identity.get("pid", 0))) != identity.get("started")
+
+
+def end_stopped(identity: Identity) -> None:
+    """Kills that process where it is one of this machine and stopped (SIGSTOP)."""
+    pid = int(identity.get("pid", 0))
+    if (
+        identity.get("machine") == machine()
+        and started(pid) == identity.get("started")
+        and _state(pid) == "T"
+    ):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _state(pid: int) -> str:
+    text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    return text.rpartition(")")[2].split()[0]
 
 
 def started(pid: int) -> int:

@@ -7,6 +7,7 @@ and Optuna's journal file cannot be read any more after a worker has died in the
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import threading
@@ -14,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import optuna
 import sqlalchemy
@@ -23,6 +24,7 @@ from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, Ope
 from sqlalchemy.pool import NullPool
 
 from dynrec_jax.errors import ConfigError, MachineError, one_line
+from dynrec_jax.sweep import life
 
 Result = TypeVar("Result")
 
@@ -35,6 +37,7 @@ EXTRAS = {"postgresql": "postgres", "mysql": "mysql"}
 REACH_SECONDS = 10  # until a database that does not answer is given up
 LOCK_NUMBER = int.from_bytes(b"dynrec", "big")  # PostgreSQL's locks have numbers
 HOLD_SECONDS = 60  # that a connection may be silent while it holds the lock
+LOOK_SECONDS = 0.01  # between looks at whether SQLite's lock is free
 BUSY_SECONDS = 60.0  # that a write waits for others
 AGAIN_SECONDS = (
     0.2,
@@ -61,8 +64,10 @@ class Storage:
       trials: Optuna's view of it.
     """
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, hold: float = HOLD_SECONDS):
         """Opens it; makes SQLite's file and all tables where they are not there.
+
+        `hold` is for how many seconds a process that shows no sign of life may hold the lock.
 
         Raises:
           ConfigError: no such kind of database, a driver that is not installed, SQLite on a network file system, or a
@@ -80,6 +85,7 @@ class Storage:
         if self._kind == "postgresql":  # a machine that is gone must not be waited for by all others
             arguments |= {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
         self._held = threading.local()
+        self._hold = hold
         try:
             self._engine = sqlalchemy.create_engine(self.url, poolclass=NullPool, connect_args=arguments)
             with self.locked(), warnings.catch_warnings():
@@ -134,25 +140,46 @@ class Storage:
     def _lock(self) -> Iterator[None]:
         if self._kind == "sqlite":
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.with_name(self._file.name + ".lock").open("a") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            with self._file.with_name(self._file.name + ".lock").open("a+", encoding="utf-8") as file:
+                self._take(file)
                 yield
         elif self._kind == "postgresql":
             with self._engine.connect() as connection, connection.begin():
                 connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({LOCK_NUMBER})"))
                 # Whoever is stopped while it holds the lock loses the connection, and the lock with it.
-                seconds = f"{HOLD_SECONDS}s"
+                seconds = f"{max(1, round(self._hold))}s"
                 connection.execute(
                     sqlalchemy.text(f"SET LOCAL idle_in_transaction_session_timeout = '{seconds}'")
                 )
                 yield
         else:
             with self._engine.connect() as connection:
-                connection.execute(sqlalchemy.text(f"SET SESSION wait_timeout = {HOLD_SECONDS}"))
+                connection.execute(sqlalchemy.text(f"SET SESSION wait_timeout = {max(1, round(self._hold))}"))
                 locked = sqlalchemy.text(f"SELECT GET_LOCK('dynrec', {HOLD_SECONDS})")
                 if connection.execute(locked).scalar() != 1:
                     raise OperationalError("GET_LOCK", {}, Exception("the lock is held for too long"))
                 yield
+
+    def _take(self, file: IO[str]) -> None:
+        """Locks a file; a process that is stopped while it holds it, for longer than is allowed, is ended.
+
+        What it was writing is undone by SQLite, its trial is gone on with, and whoever waits is not stopped with it.
+        """
+        began = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(LOOK_SECONDS)
+            if time.monotonic() - began > self._hold:
+                began = time.monotonic()
+                file.seek(0)
+                with contextlib.suppress(ValueError, OSError):
+                    life.end_stopped(json.loads(file.read()))
+        file.truncate(0)
+        file.write(json.dumps(life.own()))
+        file.flush()
 
     def patiently(self, work: Callable[[], Result], say: Callable[[str], None] = lambda line: None) -> Result:
         """What `work` gives, under the lock; a database that is gone for some minutes is waited for.

@@ -181,7 +181,7 @@ def _ledger(sweep: "Sweep", workdir: Path, storage: str, shard: str | None, grac
         return shards.ShardLedger(sweep, workdir, *shards.parse(shard))
     name = workdir.absolute().name
     return StudyLedger(
-        sweep, Storage(storage), name, workdir, grace, lambda line: print(line, file=sys.stderr)
+        sweep, Storage(storage, grace), name, workdir, grace, lambda line: print(line, file=sys.stderr)
     )
 
 

@@ -58,7 +58,7 @@ def train(config: Any, folder: Path, watch: Any) -> dict[str, Any]:
 def main(workdir: Path, storage: str, grace: float) -> None:
     """Works until everything is done."""
     sweep = from_plain(read(workdir / "sweep.json"), "sweep.json")
-    ledger = StudyLedger(sweep, Storage(storage), "pretended", workdir, grace)
+    ledger = StudyLedger(sweep, Storage(storage, grace), "pretended", workdir, grace)
     worker = Worker(sweep, ledger, workdir, train, grace / 6, lambda line: sys.stdout.write(line + "\n"))
     end_on_signals(worker)
     worker.run()

@@ -128,7 +128,8 @@ def kill_many(crew: Crew, ledger: StudyLedger, kills: int, seed: int) -> tuple[l
             victim.wait()
             left -= 1
         elif not stopped and stops < max(2, kills // 10):
-            victim.send_signal(signal.SIGSTOP)
+            with ledger.storage.locked():  # of those who are stopped inside the lock, a test of its own tells
+                victim.send_signal(signal.SIGSTOP)
             stopped.append((time.monotonic(), victim))
             stops += 1
 

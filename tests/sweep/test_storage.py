@@ -1,4 +1,8 @@
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -135,3 +139,35 @@ def test_a_database_that_is_gone_for_a_while_is_waited_for(
     with pytest.raises(MachineError, match="does not answer"):
         held.patiently(never)
     assert 60 < sum(waited) < 600
+
+
+HOLDER = """
+import sys, time
+from dynrec_jax.sweep.storage import Storage
+with Storage(sys.argv[1]).locked():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_a_process_that_is_stopped_while_it_holds_the_lock_stops_nobody_else(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    address = f"sqlite:///{tmp_path / 'sweep.db'}"
+    if kind == "postgres":
+        address = request.getfixturevalue("postgres_address")
+    program = HOLDER.replace("Storage(sys.argv[1])", "Storage(sys.argv[1], 1.0)")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "-c", program, address], stdout=subprocess.PIPE, text=True, env=environment
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        holder.send_signal(signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            with Storage(address, 1.0).locked():
+                assert time.monotonic() - began < 30
+        finally:
+            holder.kill()

@@ -1,4 +1,4 @@
-"""A first sweep, on the synthetic set that launch/quickstart.sh prepares: 12 trials, some 10 minutes on 2 cores.
+"""A first sweep, on the synthetic set that launch/quickstart.sh prepares: 12 trials on 2 cores.
 
 dynrec sweep --config=experiments/sweeps/quickstart.py --workdir=sweeps/quickstart --workers=2
 """

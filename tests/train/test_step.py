@@ -24,6 +24,8 @@ BATCH = tiny.batch([[(n, window)] for n, window in enumerate(WINDOWS, 1)] + [[],
 NEGATIVES = np.array([17, 3, 25, 25], np.int32)
 CLIP = 0.01
 
+SLOWLY = pytest.param("sampled", marks=pytest.mark.slow)  # full softmax stands for both where time is short
+
 
 def descend(table: Any, state: Any, ids: Any, gradients: Any, rate: Any) -> Any:
     return table.at[ids].add(-gradients, mode="drop"), state
@@ -66,7 +68,7 @@ def norm(tree: Any) -> float:
     return float(np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(tree))))
 
 
-@pytest.mark.parametrize("kind", ["full", "sampled"])
+@pytest.mark.parametrize("kind", ["full", SLOWLY])
 def test_a_batch_in_two_parts_is_the_batch_in_one(kind: str):
     one, two = one_step(kind, 1, 0.0), one_step(kind, 2, 0.0)
     assert one.metrics["targets"] == two.metrics["targets"] == sum(len(window) - 1 for window in WINDOWS)
@@ -96,7 +98,7 @@ def test_a_full_softmax_moves_every_item_and_nothing_else():
     assert np.nonzero(moved)[0].tolist() == list(range(1, ITEMS + 1))
 
 
-@pytest.mark.parametrize("kind", ["full", "sampled"])
+@pytest.mark.parametrize("kind", ["full", SLOWLY])
 def test_clipping_bounds_the_whole_gradient_table_rows_included(kind: str):
     free, clipped = one_step(kind, 1, 0.0), one_step(kind, 1, CLIP)
     whole = norm(change(free))
@@ -138,7 +140,7 @@ def test_a_batch_is_one_part_where_devices_are_no_cpus():
     assert parts_for(80, 201, 0) == 1
 
 
-@pytest.mark.parametrize("kind", ["full", "sampled"])
+@pytest.mark.parametrize("kind", ["full", SLOWLY])
 def test_parts_that_the_step_chooses_itself_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(step, "PART_POSITIONS", 1)
     assert parts_for(*BATCH.items.shape, 1) == len(BATCH.items) > 1

@@ -30,8 +30,11 @@ def importance(sweep: Sweep, rows: Sequence[Row]) -> dict[str, float]:
     return {key: float(value) for key, value in made.items()}
 
 
-def draw(sweep: Sweep, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Writes history.png, parallel_coordinates.png and, where it tells something, importance.png; returns them."""
+def draw(sweep: Sweep, rows: Sequence[Row], shares: dict[str, float], folder: Path) -> list[Path]:
+    """Writes history.png, parallel_coordinates.png and, where there are `shares`, importance.png; returns them.
+
+    `shares` is what `importance` tells.
+    """
     if not any(row.state == COMPLETE for row in rows):
         return []
     import matplotlib
@@ -49,7 +52,7 @@ def draw(sweep: Sweep, rows: Sequence[Row], folder: Path) -> list[Path]:
         optuna.visualization.matplotlib.plot_parallel_coordinate(study, target_name=name)
         pyplot.gcf().set_size_inches(2.5 + 1.6 * len(sweep.keys), 5)
         made.append(_saved(folder / "parallel_coordinates.png"))
-        if shares := importance(sweep, rows):
+        if shares:
             figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.4 * len(shares)))
             axes.barh(list(shares), list(shares.values()))
             axes.invert_yaxis()

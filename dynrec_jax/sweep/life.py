@@ -44,15 +44,19 @@ def end_stopped(identity: Identity) -> None:
 
 
 def _state(pid: int) -> str:
-    text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    return text.rpartition(")")[2].split()[0]
+    return _stat(pid)[0]
 
 
 def started(pid: int) -> int:
     """When a process of this machine was started, in the kernel's ticks; -1 where there is none, or a dead one."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        state, *rest = text.rpartition(")")[2].split()
+        state, *rest = _stat(pid)
         return -1 if state in "ZX" else int(rest[18])
     except (OSError, ValueError, IndexError):
         return -1
+
+
+def _stat(pid: int) -> list[str]:
+    """What the kernel says of a process, from its state on; its name, before, may hold anything."""
+    text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    return text.rpartition(")")[2].split()

@@ -119,7 +119,7 @@ class ShardLedger:
         return all(self._result(number).exists() for number in self._numbers())
 
     def beat(self, task: Task, seconds: float) -> None:
-        """Nothing: the lock says who is alive."""
+        """Remembers the seconds; the lock says who is alive."""
         self._seconds = seconds
 
     def report(self, task: Task, step: int, value: float, last: bool = False) -> bool:

@@ -47,12 +47,8 @@ AGAIN_SECONDS = (
     5.0,
     10.0,
     20.0,
-    30.0,
-    30.0,
-    30.0,
-    30.0,
-    30.0,
-)  # of a database that was lost
+    *(30.0,) * 5,
+)  # between looks for a database that was lost
 MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -111,11 +107,6 @@ class Storage:
     def __str__(self) -> str:
         return shown(self.url)
 
-    @property
-    def local(self) -> bool:
-        """Whether all its workers are on this machine."""
-        return self._kind == "sqlite"
-
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Holds all sweeps of this database for one thread of one process; goes with the process, however it ends."""
@@ -142,7 +133,10 @@ class Storage:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.with_name(self._file.name + ".lock").open("a+", encoding="utf-8") as file:
                 self._take(file)
-                yield
+                try:
+                    yield
+                finally:
+                    file.truncate(0)  # or a later look would take this process for the holder
         elif self._kind == "postgresql":
             with self._engine.connect() as connection, connection.begin():
                 connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({LOCK_NUMBER})"))

@@ -205,7 +205,11 @@ class StudyLedger:
         found = self._next(known)
         if found is None:
             return None
-        point, trial = found
+        point, trial, attributes = found
+        known_attributes = self.storage.trials.get_study_system_attrs(self._study)
+        for key, value in attributes.items():
+            if known_attributes.get(key) != value:
+                self.storage.trials.set_study_system_attr(self._study, key, value)
         identity = self._identity(point)
         lease = {
             **self._held(claim, 1),
@@ -227,25 +231,21 @@ class StudyLedger:
             return self._new(self._all(), claim)
         return _task(self.storage.trials.get_trial(made))
 
-    def _next(self, known: list[FrozenTrial]) -> tuple[Point, FrozenTrial] | None:
-        """The next point, and Optuna's trial of it; None where there is none."""
+    def _next(self, known: list[FrozenTrial]) -> tuple[Point, FrozenTrial, dict[str, Any]] | None:
+        """The next point, Optuna's trial of it, and what the sampler keeps if it is taken; None where there is none."""
         if isinstance(self.sweep.what, Grid):
             begun = {trial.user_attrs[IDENTITY] for trial in known}
             left = [point for point in self.sweep.what.points if self._identity(point) not in begun]
-            return (left[0], sampling.trial_of(self.sweep, left[0])) if left else None
+            return (left[0], sampling.trial_of(self.sweep, left[0]), {}) if left else None
         if len(known) >= self.sweep.total or self._drawn == len(known):
             return None
         attributes = self.storage.trials.get_study_system_attrs(self._study)
         begun = {trial.user_attrs[IDENTITY] for trial in known}
         try:
-            point, trial, kept = sampling.draw(self.sweep, known, begun, attributes)
+            return sampling.draw(self.sweep, known, begun, attributes)
         except sampling.Drawn:
             self._drawn = len(known)
             return None
-        for key, value in kept.items():
-            if attributes.get(key) != value:
-                self.storage.trials.set_study_system_attr(self._study, key, value)
-        return point, trial
 
     def _identity(self, point: Point) -> str:
         key = json.dumps(plain_point(point), sort_keys=True)

@@ -206,8 +206,9 @@ def _finish(sweep: "Sweep", rows: "list[Row]", workdir: Path) -> None:
     best = table.best(rows)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table.rich_table(sweep, rows))
-    made = charts.draw(sweep, rows, workdir)
-    if shares := charts.importance(sweep, rows):
+    shares = charts.importance(sweep, rows)
+    made = charts.draw(sweep, rows, shares, workdir)
+    if shares:
         told = ", ".join(f"{key} {share:.0%}" for key, share in shares.items())
         print(f"importance for {sweep.metric}: {told}")
     for row in rows:

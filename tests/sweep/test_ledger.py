@@ -458,6 +458,22 @@ def test_a_space_that_is_exhausted_ends_the_search(bench: Bench) -> None:
     assert ledger.done()
 
 
+def test_to_ask_whether_all_is_done_takes_no_point_of_a_sequence(tmp_path: Path) -> None:
+    def drawn(folder: Path, asked: int) -> list[dict]:
+        folder.mkdir()
+        space = {"train.learning_rate": real(1e-4, 1e-2), "model.layers": integer(1, 3)}
+        ledger = Bench(folder).join(make(default_config(), search(space, trials=5, sampler="qmc")))
+        points = []
+        while (task := ledger.claim()) is not None:
+            points.append(task.point)
+            done(ledger, task)
+            for _ in range(asked):
+                ledger.done()
+        return points
+
+    assert drawn(tmp_path / "a", 0) == drawn(tmp_path / "b", 2)
+
+
 def test_a_search_can_be_extended(bench: Bench) -> None:
     space = {"train.learning_rate": real(1e-4, 1e-2)}
     ledger = bench.join(make(default_config(), search(space, trials=2)))

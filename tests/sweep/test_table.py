@@ -153,8 +153,8 @@ def test_charts_are_pictures_also_of_conditions(tmp_path: Path) -> None:
         ),
         Row(5, FAILED, {"train.learning_rate": 5e-3, "model.block": "prenorm"}, reason="NaN"),
     ]
-    made = draw(sweep, rows, tmp_path)
+    made = draw(sweep, rows, importance(sweep, rows), tmp_path)
     assert {path.name for path in made} == {"history.png", "parallel_coordinates.png", "importance.png"}
     for path in made:
         assert path.read_bytes().startswith(b"\x89PNG")
-    assert draw(sweep, [], tmp_path) == []
+    assert draw(sweep, [], {}, tmp_path) == []

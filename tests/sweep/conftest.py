@@ -1,8 +1,10 @@
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.sweep.bench import Bench
 from tests.sweep.servers import postgres, programs
 
 
@@ -16,3 +18,8 @@ def postgres_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("psycopg is not installed (pip install 'dynrec-jax[postgres]')")
     with postgres(tmp_path_factory.mktemp("postgres"), found) as address:
         yield address
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)

@@ -161,6 +161,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.weight_decay = 0.01  # of matrices of the encoder; never of item tables, norms or biases
     c.train.clip_norm = 1.0  # of the whole gradient; 0 does not clip
     c.train.beta2 = 0.98  # Adam's second moment: recent enough for rates that fall
+    # Decay of running means of all weights, which are evaluated and served in place of the last ones, such as 0.99;
+    # 0: none are kept.
+    c.train.average = 0.0
     c.train.row_optimizer = "adam"  # of table rows where only touched rows move (all losses but "full")
     c.train.checkpoint_every = 500  # steps
     c.train.evaluate_every = 500  # steps; 0 evaluates after the last one alone

@@ -41,8 +41,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for key in ("model.temperature", "model.feedforward", "train.learning_rate"):
         if _get(config, key) <= 0:
             raise ConfigError(f"config.{key}: {_get(config, key)!r}; expected a number greater than 0")
-    if c.train.beta2 == 1.0:
-        raise ConfigError("config.train.beta2: 1.0 would never forget; expected less than 1")
+    for key in ("train.beta2", "train.average"):
+        if _get(config, key) == 1.0:
+            raise ConfigError(f"config.{key}: 1.0 would never forget; expected less than 1")
     if c.model.dim % c.model.heads:
         raise ConfigError(f"config.model.dim: {c.model.dim} does not divide by model.heads={c.model.heads}")
     if c.model.forward_weight + c.model.backward_weight == 0:
@@ -96,7 +97,9 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     _within(config, 1, 2**16, "model.time_buckets")
     _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops")
     _within(config, 0, 2**32 - 1, "seed")
-    _within(config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2")
+    _within(
+        config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2", "train.average"
+    )
     _within(config, 0.0, 1.0, "loss.uniform_share", "loss.calibration")
     _within(config, 0.0, 0.9, "data.cold_items", "item.id_dropout", "item.text_dropout")
     _at_least(config, 0, "loss.alignment", "item.text_from", "item.text_rate")

@@ -27,7 +27,7 @@ from dynrec_jax.parallel.rules import sharding
 from dynrec_jax.parallel.table import rows_for, rows_of
 from dynrec_jax.train.loop import step_arguments
 from dynrec_jax.train.plan import exchange_of_zipf
-from dynrec_jax.train.state import TrainState, abstract_state
+from dynrec_jax.train.state import TrainState, abstract_state, keeps_average
 from dynrec_jax.train.step import CompiledStep, Inputs
 from dynrec_jax.train.table_part import trace_dense, trace_rows
 
@@ -84,7 +84,7 @@ def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan
     model = make_bstm(config, items, event_types=named_types(config))
     assert isinstance(model, Bstm)
     fixed = step_arguments(config, model, mesh, None)
-    state, places = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh)
+    state, places = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh, keeps_average(config))
     plan = Plan(config, items, mesh, model, state, places, None, 1.0)
     if mesh.size == 1:
         return plan
@@ -94,7 +94,7 @@ def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan
 
 def held_beside_lists(plan: Plan) -> int:
     """Bytes of a device that a run holds while it evaluates: the optimizers' state, and vectors that are no table."""
-    kept = plan.state.opt_state, plan.state.row_state
+    kept = plan.state.opt_state, plan.state.row_state, plan.state.average
     leaves = jax.tree.leaves((kept, plan.state.tables) if plan.model.normalises else kept)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 

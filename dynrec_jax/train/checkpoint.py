@@ -198,7 +198,9 @@ class Checkpoints:
         assert isinstance(found, Manifest)
         model, optimizer = (trees[name] for name in TREES)
         step = jax.device_put(np.int32(found.step), state.step.sharding)
-        new = TrainState(step, **model, **{"caches": {}, **optimizer})
+        weights = optimizer.pop("weights", None)
+        average = {} if weights is None else model
+        new = TrainState(step, **(weights or model), **{"caches": {}, **optimizer}, average=average)
         return new, json.loads(json.dumps(found.progress))
 
     def _tidy(self) -> None:
@@ -359,7 +361,9 @@ def _trees(state: TrainState) -> dict[str, Any]:
     optimizer = {"opt_state": state.opt_state, "row_state": state.row_state}
     if state.caches:  # what only training needs lies with the optimizer
         optimizer["caches"] = state.caches
-    return {"model": {"params": state.params, "tables": state.tables}, "optimizer": optimizer}
+    if state.average:  # who opens a model gets the average
+        optimizer["weights"] = state.weights
+    return {"model": state.served, "optimizer": optimizer}
 
 
 def _move_to(checkpoint: Path, place: Path) -> Path:

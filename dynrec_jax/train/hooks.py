@@ -137,7 +137,7 @@ class EvaluateHook:
         if self._evaluator is None or not due or self.standing.get("evaluated") == step:
             return None
         check_finite(step, metrics)
-        measured = self._evaluator.metrics(state.params, state.tables)
+        measured = self._evaluator.metrics(**state.served)
         self.value = measured[self._metric]
         self.standing["evaluated"] = step
         better = self.standing.get("best") is None or self.value > self.standing["best"]

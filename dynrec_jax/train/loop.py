@@ -44,12 +44,20 @@ from dynrec_jax.train.optimizer import make_optimizer, make_row_optimizer, make_
 from dynrec_jax.train.peak import peak_of_process
 from dynrec_jax.train.plan import described, exchange_of_batches
 from dynrec_jax.train.progress import Progress
-from dynrec_jax.train.state import Given, TrainState, abstract_state, check_tables, fresh_state
+from dynrec_jax.train.state import (
+    Given,
+    TrainState,
+    abstract_state,
+    check_tables,
+    fresh_state,
+    keeps_average,
+)
 from dynrec_jax.train.step import CompiledStep, Inputs, StepSettings
 from dynrec_jax.train.texts import Read, TextBatches
 from dynrec_jax.train.trackers import Trackers
 
-MOST_OF_A_ROW = 4  # arrays of the table's size, itself included: Adam's moments, and numbers of rows
+# Arrays of the table's size, itself included: Adam's moments, numbers of rows, and the average.
+MOST_OF_A_ROW = 5
 
 StepFunction = Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]
 
@@ -225,12 +233,12 @@ def setup(
 ) -> Setup:
     """What a config's run starts from on a mesh."""
     fixed = step_arguments(config, model, mesh, exchange)
-    parts = model, fixed["tx"], fixed["row_tx"], mesh
-    template, shardings = abstract_state(*parts)
+    parts, averaged = (model, fixed["tx"], fixed["row_tx"], mesh), keeps_average(config)
+    template, shardings = abstract_state(*parts, averaged)
     step = CompiledStep(mesh, shardings, **fixed)
 
     def fresh(given: Given = Given()) -> TrainState:  # noqa: B008 # never changed
-        return fresh_state(*parts, config.seed, shardings, given)
+        return fresh_state(*parts, config.seed, shardings, given, averaged)
 
     return Setup(template, fresh, step)
 
@@ -251,7 +259,8 @@ def check_fits(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Non
         ids_alone = config.copy_and_resolve_references()
         ids_alone.item.fusion = "id"
         model = MODELS[config.model.name](ids_alone, items)
-        state, _ = abstract_state(model, make_optimizer(config), make_row_optimizer(config), mesh)
+        optimizers = make_optimizer(config), make_row_optimizer(config)
+        state, _ = abstract_state(model, *optimizers, mesh, keeps_average(config))
         check_tables(state, items, mesh, memory)
 
 
@@ -279,6 +288,7 @@ def step_settings(
         sampling=sampling(config, model.abra.items),
         pieces=row_pieces(mesh) if mesh.devices.flat[0].platform == "cpu" else 0,
         exchange=exchange,
+        average=config.train.average,
     )
 
 

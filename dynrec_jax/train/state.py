@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 from flax import linen as nn
@@ -35,6 +36,8 @@ class TrainState(NamedTuple):
       opt_state: Optax's state, of the dense weights and, where the loss uses the whole catalogue, of the tables.
       row_state: {name: state} of the row optimizer; empty where the tables take the dense path.
       caches: {name: [R, E]}, what the run makes of all items now and then; empty where BERT is not trained.
+      average: running means of `{"params", "tables"}`, which are evaluated and served in their place; empty where
+        there are none.
     """
 
     step: Any
@@ -43,6 +46,22 @@ class TrainState(NamedTuple):
     opt_state: Any
     row_state: Any
     caches: Any = {}  # noqa: RUF012 # never changed
+    average: Any = {}  # noqa: RUF012 # never changed
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """`{"params", "tables"}` as the optimizer moves them."""
+        return {"params": self.params, "tables": self.tables}
+
+    @property
+    def served(self) -> dict[str, Any]:
+        """`{"params", "tables"}` that are evaluated, saved as the model, and scored with."""
+        return self.average or self.weights
+
+
+def keeps_average(config: ml_collections.ConfigDict) -> bool:
+    """Whether a run keeps running means of its weights."""
+    return bool(config.train.average > 0)
 
 
 def trainable(model: Model, params: Any, tables: Any) -> dict[str, Any]:
@@ -51,11 +70,16 @@ def trainable(model: Model, params: Any, tables: Any) -> dict[str, Any]:
 
 
 def init_state(
-    model: Model, tx: optax.GradientTransformation, rows: RowOptimizer, mesh: Mesh, seed: int
+    model: Model,
+    tx: optax.GradientTransformation,
+    rows: RowOptimizer,
+    mesh: Mesh,
+    seed: int,
+    averaged: bool = False,
 ) -> tuple[TrainState, TrainState]:
     """A fresh state, each leaf made where it lies, and the state's shardings."""
-    _, shardings = abstract_state(model, tx, rows, mesh)
-    return fresh_state(model, tx, rows, mesh, seed, shardings), shardings
+    _, shardings = abstract_state(model, tx, rows, mesh, averaged)
+    return fresh_state(model, tx, rows, mesh, seed, shardings, averaged=averaged), shardings
 
 
 class Given(NamedTuple):
@@ -80,12 +104,13 @@ def fresh_state(
     seed: int,
     shardings: TrainState,
     given: Given = Given(),  # noqa: B008 # never changed
+    averaged: bool = False,
 ) -> TrainState:
     """The state of step 0, laid out as `abstract_state` says."""
     with jax.set_mesh(mesh):
         # The state itself is made without boxes, in its place.
         make = jax.jit(
-            lambda seed, given: nn.meta.unbox(_boxed(model, tx, rows, seed, given)),
+            lambda seed, given: nn.meta.unbox(_boxed(model, tx, rows, averaged, seed, given)),
             out_shardings=shardings,
             compiler_options=QUICKLY if mesh.devices.flat[0].platform == "cpu" else None,
         )
@@ -94,10 +119,10 @@ def fresh_state(
 
 
 def abstract_state(
-    model: Model, tx: optax.GradientTransformation, rows: RowOptimizer, mesh: Mesh
+    model: Model, tx: optax.GradientTransformation, rows: RowOptimizer, mesh: Mesh, averaged: bool = False
 ) -> tuple[TrainState, TrainState]:
     """What `init_state` gives, as shapes alone that know where they lie: nothing is allocated."""
-    fresh = functools.partial(_boxed, model, tx, rows)
+    fresh = functools.partial(_boxed, model, tx, rows, averaged)
     with jax.set_mesh(mesh):
         # Names are read off the boxed shapes.
         shardings = state_shardings(mesh, jax.eval_shape(fresh, np.uint32(0)))
@@ -111,6 +136,7 @@ def _boxed(
     model: Model,
     tx: optax.GradientTransformation,
     rows: RowOptimizer,
+    averaged: bool,
     seed: jax.Array,
     given: Given = Given(),  # noqa: B008 # never changed
 ) -> TrainState:
@@ -127,7 +153,8 @@ def _boxed(
     if model.text is not None:
         cache_RxE = jnp.zeros((rows_for(model.abra.items), model.text.width), jnp.float32)
         caches[TEXT] = nn.LogicallyPartitioned(cache_RxE, ("items", None))
-    return TrainState(jnp.int32(0), params, tables, opt_state, row_state, caches)
+    average = {"params": params, "tables": tables} if averaged else {}
+    return TrainState(jnp.int32(0), params, tables, opt_state, row_state, caches, average)
 
 
 def _emptied(unused: dict[str, dict[str, jax.Array]], path: tuple[Any, ...], weight: jax.Array) -> jax.Array:

@@ -43,6 +43,7 @@ class StepSettings(NamedTuple):
       sampling: how a sampled loss draws its negatives; not looked at otherwise.
       pieces: over how many devices the rows of a batch lie, where these are CPUs; 0 elsewhere.
       exchange: how devices exchange table rows; None for sizes that suit ids spread evenly.
+      average: decay of the running means of the weights; 0 keeps none.
     """
 
     seed: int
@@ -51,6 +52,7 @@ class StepSettings(NamedTuple):
     sampling: Sampling
     pieces: int = 0
     exchange: Exchange | None = None
+    average: float = 0.0
 
 
 class Gradients(NamedTuple):
@@ -153,7 +155,21 @@ def train_step(
         "learning_rate": jnp.float32(rate),
     }
     new = TrainState(state.step + 1, updated["params"], tables, opt_state, row_state, state.caches)
-    return new, metrics
+    return new._replace(average=averaged(state, new.weights, settings.average)), metrics
+
+
+def averaged(state: TrainState, weights: dict[str, Any], decay: float) -> dict[str, Any]:
+    """Running means of the weights after a step, `m ← β m + (1 - β) w` (Polyak & Juditsky 1992, with decay).
+
+    In step t (from 0), β is at most `(1 + t) / (10 + t)`, so that the first weights, which nothing was learnt with, do
+    not stay for long. Empty where the state keeps none.
+    """
+    if not state.average:
+        return {}
+    t = state.step.astype(jnp.float32)
+    beta = jnp.minimum(decay, (1 + t) / (10 + t))
+    with jax.named_scope("average"):
+        return jax.tree.map(lambda m, w: m + (1 - beta) * (w - m), state.average, weights)
 
 
 def parts_for(rows: int, width: int, pieces: int, positions: int | None = None) -> int:

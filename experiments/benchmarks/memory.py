@@ -27,7 +27,7 @@ from dynrec_jax.models.model import MODELS
 from dynrec_jax.parallel.mesh import make_mesh
 from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.loop import step_arguments
-from dynrec_jax.train.state import abstract_state
+from dynrec_jax.train.state import abstract_state, keeps_average
 from dynrec_jax.train.step import CompiledStep, Inputs
 
 ITEMS = (10_000, 100_000, 1_000_000)
@@ -56,7 +56,7 @@ def step_bytes(config: ml_collections.ConfigDict, items: int, batch: int) -> int
     model = MODELS[config.model.name](config, items)
     mesh = one_device()
     fixed = step_arguments(config, model, mesh, None)
-    state, shardings = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh)
+    state, shardings = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh, keeps_average(config))
     windows = Batch(*[shape(batch, config.data.max_length + 1)] * len(Batch._fields))
     counted = model.sampled and fixed["settings"].sampling.by_counts
     running_R = shape(rows_for(items)) if counted else None

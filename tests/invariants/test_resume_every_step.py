@@ -30,6 +30,7 @@ RUN: dict[str, Any] = {
     "train__steps": STEPS,
     "train__checkpoint_every": 1,
     "train__keep_last": STEPS,
+    "train__average": 0.9,  # beside the weights that go on
     "logging__every": 1,
 }
 

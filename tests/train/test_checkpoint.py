@@ -75,6 +75,18 @@ def test_a_run_goes_on_from_the_newest_with_everything_as_it_was(folder: Path):
     assert progress == {"step": 6, "standing": {"best": 0.4}}
 
 
+def test_the_average_is_the_model_and_a_run_goes_on_with_both(tmp_path: Path):
+    def averaged(step: int) -> TrainState:
+        return state_of(step)._replace(average=state_of(step + 100).weights)
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)
+    assert checkpoints.save(averaged(7), 7, {"step": 7}, 0.1)
+    state, _ = checkpoints.restore(averaged(0), 7)
+    checkpoints.close()
+    equal(state, averaged(7))
+    equal(open_model(tmp_path / "checkpoints", abstract(), "best")[0], state_of(107).weights)
+
+
 def test_a_step_is_written_once(folder: Path):
     checkpoints = Checkpoints(folder, keep_last=2)
     assert not checkpoints.save(state_of(99), 6, {}, 0.9)

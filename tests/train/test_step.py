@@ -13,8 +13,8 @@ from dynrec_jax.models.model import make_bstm
 from dynrec_jax.negatives import Negatives, sampling
 from dynrec_jax.parallel.rows import RowOptimizer
 from dynrec_jax.train import step
-from dynrec_jax.train.state import init_state
-from dynrec_jax.train.step import CompiledStep, Inputs, StepSettings, parts_for
+from dynrec_jax.train.state import TrainState, init_state
+from dynrec_jax.train.step import CompiledStep, Inputs, StepSettings, averaged, parts_for
 
 from .. import tiny
 
@@ -148,3 +148,35 @@ def test_parts_that_the_step_chooses_itself_change_nothing(kind: str, monkeypatc
     np.testing.assert_allclose(chosen.metrics["loss"], one.metrics["loss"], rtol=1e-6)
     for x, y in zip(jax.tree.leaves(one.after), jax.tree.leaves(chosen.after), strict=True):
         np.testing.assert_allclose(y, x, rtol=0, atol=1e-6)
+
+
+def test_the_average_is_that_of_the_weights_so_far():
+    def state(number: int, value: float, average: float) -> TrainState:
+        tree = {"w": jnp.float32(value)}
+        means = {"params": {"w": jnp.float32(average)}, "tables": {}}
+        return TrainState(jnp.int32(number), tree, {}, (), {}, {}, means)
+
+    values, mean = [3.0, 5.0, -1.0, 8.0], 3.0
+    for number, value in enumerate(values):
+        made = averaged(state(number, 0.0, mean), {"params": {"w": jnp.float32(value)}, "tables": {}}, 0.2)
+        # (1 + t) / (10 + t) is 0.1, 0.18, 0.25 and more, so that the decay holds from the third step on.
+        beta = [0.1, 2 / 11, 0.2, 0.2][number]
+        mean = beta * mean + (1 - beta) * value
+        np.testing.assert_allclose(made["params"]["w"], mean, rtol=1e-6)
+
+
+def test_a_step_keeps_the_average_beside_the_weights():
+    c = tiny.config(loss__kind="sampled", train__average=0.9)
+    model, mesh, tx = make_bstm(c, ITEMS), tiny.mesh(1, 1, 1), optax.sgd(1.0)
+    rows = RowOptimizer(lambda table: jnp.zeros(table.shape[0]), descend)
+    state, shardings = init_state(model, tx, rows, mesh, 1, averaged=True)
+    settings = StepSettings(1, 1, 0.0, sampling(c, ITEMS), average=0.9)
+    fixed = {"model": model, "tx": tx, "row_tx": rows, "schedule": optax.constant_schedule(1.0)}
+    before = jax.tree.map(np.array, state.weights)
+    new, _ = CompiledStep(mesh, shardings, settings=settings, **fixed)(state, Inputs(BATCH))
+    expected = jax.tree.map(lambda old, now: 0.1 * old + 0.9 * np.asarray(now), before, new.weights)
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, x), y in zip(leaves, jax.tree.leaves(new.average), strict=True):
+        np.testing.assert_allclose(y, x, rtol=0, atol=1e-6, err_msg=str(path))
+    assert new.served is new.average
+    assert np.abs(np.asarray(new.tables["item_id"]) - new.average["tables"]["item_id"]).max() > 1e-4

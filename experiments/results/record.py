@@ -1,0 +1,166 @@
+"""Records what one seed of an experiment reached, in experiments/results/NAME/seedK.json; README's table is made of it.
+
+    dynrec train --config=experiments/beauty.py --config.seed=0 --workdir=runs/beauty/seed0
+    dynrec evaluate --workdir=runs/beauty/seed0 --split=validation
+    dynrec evaluate --workdir=runs/beauty/seed0
+    python experiments/results/record.py --config=experiments/beauty.py --config.seed=0 --workdir=runs/beauty/seed0
+
+The folder must be of a run of that experiment file and of nothing else: what the file says now and what the run was
+trained with are compared, and a difference ends the program with status 2. Start it from the commit that trained. Only
+metrics over all users are kept.
+"""
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from dynrec_jax import config as configs
+from dynrec_jax.errors import ConfigError, UserError
+from dynrec_jax.files import write_whole
+from dynrec_jax.verbs.experiment import define_config, read_config
+
+RESULTS = Path(__file__).resolve().parent
+NOT_METRICS = (
+    "split",
+    "users",
+    "catalogue",
+    "step",
+    "protocol",
+    "baselines",
+    "dataset",
+    "oracle",
+    "drift",
+    "cold",
+)
+MOVABLE = ("dataset", "data.cache_dir", "compiled_dir")  # where things lie on a machine
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the file and prints its name."""
+    values = flags.FlagValues()
+    define_config(values)
+    flags.DEFINE_string(
+        "workdir", None, "run folder, trained and evaluated on both splits", flag_values=values
+    )
+    flags.DEFINE_string(
+        "name", None, "of the experiment; default: the file's, with its argument", flag_values=values
+    )
+    try:
+        values(["record.py", *arguments])
+        config = read_config(values)
+        if not values.workdir:
+            raise ConfigError("--workdir is missing; expected the folder of the experiment's run")
+        result = recorded(Path(values.workdir), config, arguments)
+    except (flags.Error, UserError) as error:
+        sys.stderr.write(f"record: {error}\n")
+        return 2
+    named = values.name or Path(values["config"].value.split(":")[0]).stem
+    if not values.name and ":" in values["config"].value:
+        named += "_" + values["config"].value.split(":", 1)[1]
+    path = RESULTS / named / f"seed{config.seed}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps(result, indent=2) + "\n")
+    print(path)
+    return 0
+
+
+def recorded(workdir: Path, config: Any, arguments: list[str]) -> dict[str, Any]:
+    """What is kept of a run.
+
+    Raises:
+      ConfigError: the run is of another config, or was not evaluated on both splits with its best checkpoint.
+    """
+    trained = _movable_left_out(configs.flat(configs.from_json(workdir / "config.json")))
+    stated = _movable_left_out(configs.flat(config))
+    if differing := sorted(key for key in stated if stated[key] != trained.get(key)):
+        told = ", ".join(f"{key}: {trained.get(key)!r}, not {stated[key]!r}" for key in differing)
+        raise ConfigError(
+            f"{workdir}: was not trained by this experiment file ({told}); train it, or name another"
+        )
+    measured = {split: _measured(workdir, split) for split in ("validation", "test")}
+    if len({(each["step"], each["dataset"]) for each in measured.values()}) > 1:
+        raise ConfigError(f"{workdir}: the two splits were measured at different steps; evaluate both anew")
+    test = measured["test"]
+    return {
+        "command": _command(arguments, config.seed),
+        "config": stated,
+        "commit": _commit(),
+        "date": datetime.datetime.fromtimestamp(
+            (workdir / "evaluation" / "test.json").stat().st_mtime, datetime.UTC
+        )
+        .date()
+        .isoformat(),
+        "machine": _machine(),
+        "content": test["dataset"],
+        "protocol": {**test["protocol"], "users": test["users"], "catalogue": test["catalogue"]},
+        "step": test["step"],
+        "validation": _metrics(measured["validation"]),
+        "test": _metrics(test),
+        "baselines": {name: _metrics(each) for name, each in test["baselines"].items()},
+    }
+
+
+def _movable_left_out(flat: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in flat.items()
+        if key not in MOVABLE
+    }
+
+
+def _measured(workdir: Path, split: str) -> dict[str, Any]:
+    path = workdir / "evaluation" / f"{split}.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: {error}; run `dynrec evaluate --workdir={workdir} --split={split}` first"
+        ) from None
+
+
+def _metrics(result: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in result.items() if name not in NOT_METRICS}
+
+
+def _command(arguments: list[str], seed: int) -> str:
+    """One line that trains and measures the same again; where the data lies is the reader's own."""
+    flags_of_config = [
+        each for each in arguments if each.startswith("--config") and each.split("=")[0][9:] not in MOVABLE
+    ]
+    folder = next(each.split("=", 1)[1] for each in arguments if each.startswith("--config="))
+    workdir = shlex.quote(f"runs/{Path(folder.split(':')[0]).stem}{folder.partition(':')[2]}/seed{seed}")
+    return f"dynrec train {shlex.join(flags_of_config)} --workdir={workdir} && dynrec evaluate --workdir={workdir}"
+
+
+def _commit() -> str:
+    """The code's commit, with `+` where files differ from it."""
+    here = {"cwd": RESULTS, "capture_output": True, "text": True, "check": True}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()  # type: ignore[call-overload]
+    changed = subprocess.run(  # type: ignore[call-overload]
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", "../../dynrec_jax", ".."], **here
+    ).stdout.strip()
+    return commit + ("+" if changed else "")
+
+
+def _machine() -> str:
+    model = platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{len(os.sched_getaffinity(0))} cores, {model}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

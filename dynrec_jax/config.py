@@ -51,6 +51,12 @@ def default_config() -> ml_collections.ConfigDict:
     c.data = ml_collections.ConfigDict()
     c.data.max_length = 200  # events of a history that the encoder reads
     c.data.windows = "last"  # of a longer history: its end, or a window drawn anew each time ("random")
+    # Share of the windows that are augmented, each time anew: of its events a part in one piece (`crop`, 1: all of
+    # them), some left out (`drop`, the share), and moved by so many places at most (`reorder`).
+    c.data.augmented = 0.0
+    c.data.crop = 1.0
+    c.data.drop = 0.0
+    c.data.reorder = 0
     c.data.items = 0  # a catalogue's size in place of a dataset, for planning without data
     c.data.cache_dir = ""  # memory-mapped copies of the shards; empty: ~/.cache/dynrec_jax
     c.data.prefetch = 4  # batches assembled ahead of the device

@@ -100,7 +100,9 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     _within(
         config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2", "train.average"
     )
-    _within(config, 0.0, 1.0, "loss.uniform_share", "loss.calibration")
+    _within(config, 0.0, 1.0, "loss.uniform_share", "loss.calibration", "data.augmented", "data.crop")
+    _within(config, 0.0, 0.9, "data.drop")
+    _at_least(config, 0, "data.reorder")
     _within(config, 0.0, 0.9, "data.cold_items", "item.id_dropout", "item.text_dropout")
     _at_least(config, 0, "loss.alignment", "item.text_from", "item.text_rate")
     _at_least(config, 8, "item.text_tokens", "item.text_vocabulary")

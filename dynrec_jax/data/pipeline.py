@@ -15,7 +15,8 @@ import numpy as np
 from dynrec_jax.batch import Batch
 from dynrec_jax.config import needs_times
 from dynrec_jax.data import examples
-from dynrec_jax.data.cache import Histories, Windows
+from dynrec_jax.data.augment import Augmentation, augmented, rearranged
+from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.cold import cold_items, without
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.data.event_types import target_types
@@ -155,6 +156,8 @@ class BatchSource:
         self.trained_users = len(self._user)
         self.filled = float((self._count[part::parts] > 0).mean())
         self.width = config.data.max_length + 1
+        d = config.data
+        self._augmentation = Augmentation(d.augmented, d.crop, d.drop, d.reorder)
         share = config.data.cold_items
         self._cold = cold_items(self.items, share) if share else None
         self._multiple = math.lcm(multiple * max(config.train.accumulation, 1), 8)
@@ -195,10 +198,11 @@ class BatchSource:
         windows = self._histories.windows(users_B, ends_B, self.width)
         if self._cold is not None:
             place_BxW, lengths_B = without(windows.items, lengths_B, self._cold)
-            inside = np.arange(self.width) < lengths_B[:, None]
-            windows = Windows(
-                *(np.where(inside, np.take_along_axis(values, place_BxW, axis=1), 0) for values in windows)
-            )
+            windows = rearranged(windows, place_BxW, lengths_B)
+        if self._augmentation.changes:
+            first = int(step) * self._config.train.batch_size - 1  # numbers in the batch count from 1
+            seed = self._config.seed
+            windows, lengths_B = augmented(windows, lengths_B, first + numbers_B, seed, self._augmentation)
         return pack(windows, lengths_B, numbers_B, self.rows, self._multiple)
 
 

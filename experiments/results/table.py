@@ -1,0 +1,119 @@
+"""README's tables of results, made of experiments/results/*/seed*.json and of what rows.json says of each row.
+
+    python experiments/results/table.py            # prints them
+    python experiments/results/table.py --write    # puts them into README.md, between their marks
+
+A row of rows.json names an experiment, whose seeds are its files, and says in words what was trained on what. Metrics,
+seeds, dates and commands come from the files alone.
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent
+README = RESULTS.parents[1] / "README.md"
+HEAD = ("model", "seeds", "recall@10", "ndcg@10", "validation ndcg@10", "command, date")
+SPLITS = {"leave_one_out": "leave-one-out", "global_time": "by a moment in time"}
+
+
+def seeds_of(name: str) -> list[dict[str, Any]]:
+    """The results of an experiment, by seed."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / name).glob("seed*.json")]
+    if not found:
+        raise SystemExit(
+            f"table: {RESULTS / name}: has no seed*.json, and rows.json names it; record it first"
+        )
+    return sorted(found, key=lambda each: int(each["config"]["seed"]))
+
+
+def mean(values: list[float]) -> str:
+    """`0.1234 ± 0.0012`: the mean and, of several seeds, the standard deviation (n - 1)."""
+    told = f"{statistics.mean(values):.4f}"
+    return f"{told} ± {statistics.stdev(values):.4f}" if len(values) > 1 else told
+
+
+def row(model: str, seeds: list[dict[str, Any]]) -> list[str]:
+    """The cells of an experiment's row."""
+    test = [each["test"] for each in seeds]
+    date = max(each["date"] for each in seeds)
+    numbers = ", ".join(str(each["config"]["seed"]) for each in seeds)
+    command = re.sub(r"(--config\.seed=)\d+", r"\1K", seeds[0]["command"])
+    command = command.replace(f"/seed{seeds[0]['config']['seed']}", "/seedK")
+    return [
+        model,
+        numbers,
+        mean([each["recall@10"] for each in test]),
+        mean([each["ndcg@10"] for each in test]),
+        mean([each["validation"]["ndcg@10"] for each in seeds]),
+        f"`{command}`, {date}",
+    ]
+
+
+def baseline(name: str, seeds: list[dict[str, Any]]) -> list[str]:
+    """The cells of a baseline's row: the same for every seed."""
+    numbers = seeds[0]["baselines"][name]
+    told = name.replace("_", " ")
+    return [
+        told,
+        "",
+        f"{numbers['recall@10']:.4f}",
+        f"{numbers['ndcg@10']:.4f}",
+        "",
+        "the same `dynrec evaluate`",
+    ]
+
+
+def protocol(seeds: list[dict[str, Any]]) -> str:
+    """What the numbers of a table mean."""
+    p = seeds[0]["protocol"]
+    told = [
+        f"{p['users']:,} users, {p['catalogue']:,} items",
+        SPLITS[p["split"]],
+        "whole catalogue ranked",
+        "seen items masked" if p["filter_seen"] else "seen items ranked",
+        f"ties: {p['ties']}",
+        "told when the next event is asked for"
+        if p["query_time"]
+        else "not told when the next event is asked for",
+    ]
+    return "; ".join(told)
+
+
+def tables() -> str:
+    """All tables, in Markdown."""
+    parts = []
+    for group in json.loads((RESULTS / "rows.json").read_text(encoding="utf-8")):
+        seeds = {each["experiment"]: seeds_of(each["experiment"]) for each in group["rows"]}
+        contents = {each["content"] for found in seeds.values() for each in found}
+        if len(contents) > 1:
+            raise SystemExit(
+                f"table: {group['data']}: the rows are of different datasets: {', '.join(contents)}"
+            )
+        first = next(iter(seeds.values()))
+        lines = [f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
+        for each in group["rows"]:
+            lines.append(f"| {' | '.join(row(each['model'], seeds[each['experiment']]))} |")
+        for name in group.get("baselines", []):
+            lines.append(f"| {' | '.join(baseline(name, first))} |")
+        title = f"**{group['data']}** ({protocol(first)})."
+        parts.append("\n".join([" ".join(filter(None, [title, group.get("note", "")])), "", *lines]))
+    return "\n\n".join(parts)
+
+
+def between_marks(text: str, made: str) -> str:
+    """README with the tables in their place."""
+    start, end = "<!-- results -->", "<!-- end of results -->"
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    return f"{before}{start}\n\n{made}\n\n{end}{after}"
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv[1:]:
+        README.write_text(between_marks(README.read_text(encoding="utf-8"), tables()), encoding="utf-8")
+    else:
+        sys.stdout.write(tables() + "\n")

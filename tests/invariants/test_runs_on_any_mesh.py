@@ -107,17 +107,23 @@ def prepare(out: Path, seed: int) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def runs(prepared: tuple[Path, Path]) -> dict[str, Ran]:
-    """By mesh, each in a process of its own."""
-    folder, config = prepared
-    result = {}
-    for name, sizes in MESHES.items():
-        called = commands(folder, name, config, sizes)[: 3 if name in SCORED else 1]
+class Runs(dict[str, Ran]):
+    """By mesh, each in a process of its own, when it is first asked for."""
+
+    def __init__(self, folder: Path, config: Path):
+        self._folder, self._config = folder, config
+
+    def __missing__(self, name: str) -> Ran:
+        called = commands(self._folder, name, self._config, MESHES[name])[: 3 if name in SCORED else 1]
         script = f"import sys; from dynrec_jax.cli import main; sys.exit(any(main(c) for c in {called!r}))"
-        call([sys.executable, "-c", script], environment(int(np.prod(sizes))))
-        result[name] = ran(folder, name)
-    return result
+        call([sys.executable, "-c", script], environment(int(np.prod(MESHES[name]))))
+        self[name] = ran(self._folder, name)
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def runs(prepared: tuple[Path, Path]) -> Runs:
+    return Runs(*prepared)
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +183,15 @@ def assert_same_lists(lists: dict, expected: dict) -> None:
     assert same >= 0.99 * sum(map(len, lists["item_ids"]))
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if name != "1"])
-def test_a_run_is_the_same_on_eight_devices(runs: dict[str, Ran], name: str):
+# A step on each of these meshes is compared in test_mesh.py by default.
+@pytest.mark.parametrize(
+    "name", ["2x2x2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("8x1x1", "1x8x1"))]
+)
+def test_a_run_is_the_same_on_eight_devices(runs: Runs, name: str):
     assert_same_run(runs[name], runs["1"])
 
 
-def test_a_run_is_the_same_in_two_processes(runs: dict[str, Ran], in_two_processes: Ran):
+def test_a_run_is_the_same_in_two_processes(runs: Runs, in_two_processes: Ran):
     assert_same_run(in_two_processes, runs["1"])
 
 
@@ -197,7 +206,7 @@ def test_a_checkpoint_of_two_processes_is_scored_on_one_device(in_two_processes:
 
 @pytest.mark.parametrize("name", ["2x2x2", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_run_in_two_processes_is_gone_on_with_elsewhere(
-    runs: dict[str, Ran], in_two_processes: Ran, prepared: tuple[Path, Path], tmp_path: Path, name: str
+    runs: Runs, in_two_processes: Ran, prepared: tuple[Path, Path], tmp_path: Path, name: str
 ):
     """From the checkpoint of step 8 or 16, whichever was kept before the last: same batches, same state."""
     shutil.copytree(in_two_processes.workdir, tmp_path / "moved")

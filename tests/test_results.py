@@ -1,0 +1,168 @@
+"""README's tables are those that the result files make, and each file's command trains what it says."""
+
+import importlib.util
+import json
+import shlex
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from absl import flags
+
+from dynrec_jax import config as configs
+from dynrec_jax.verbs.experiment import define_config, read_config
+
+from .commands import experiment
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+FILES = sorted(RESULTS.glob("*/seed*.json"))
+KEYS = ("command", "config", "commit", "date", "machine", "content", "protocol", "validation", "test")
+
+
+def program(name: str) -> ModuleType:
+    """A module of experiments/results, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"results_{name}", RESULTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stated(command: str) -> dict[str, Any]:
+    """The config of a `dynrec train …` command, flat."""
+    values = flags.FlagValues()
+    define_config(values)
+    values(["train", *(each for each in shlex.split(command) if each.startswith("--config"))])
+    return configs.flat(read_config(values))
+
+
+def test_the_readme_has_the_tables_that_the_files_make():
+    table = program("table")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.between_marks(text, table.tables()) == text, "python experiments/results/table.py --write"
+
+
+def test_every_file_is_in_a_table():
+    rows = json.loads((RESULTS / "rows.json").read_text(encoding="utf-8"))
+    named = {row["experiment"] for group in rows for row in group["rows"]}
+    assert named == {path.parent.name for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_file_says_how_it_came_about_and_its_command_trains_that(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert set(KEYS) <= result.keys()
+    assert path.stem == f"seed{result['config']['seed']}"
+    assert {"ndcg@10", "recall@10"} <= result["test"].keys() & result["validation"].keys()
+    # Aggregates alone: numbers by name, and of nobody.
+    for part in ("validation", "test", *result["baselines"]):
+        found = result[part] if part in result else result["baselines"][part]
+        assert all(isinstance(value, float | int) for value in found.values()), part
+    assert len(result["commit"]) == 40, "recorded from files that no commit has"
+    monkeypatch.chdir(ROOT)
+    now = stated(result["command"])
+    for key, value in result["config"].items():
+        assert json.loads(json.dumps(now[key])) == value, f"{key}: the experiment file says otherwise by now"
+
+
+def test_a_row_is_the_mean_of_its_seeds_with_their_deviation():
+    table = program("table")
+    values = {"recall@10": 0.2, "ndcg@10": 0.1}
+    seeds = [
+        {
+            "command": f"dynrec train --config.seed={seed} --workdir=runs/a/seed{seed}",
+            "config": {"seed": seed},
+            "date": f"2026-11-0{seed + 1}",
+            "test": {**values, "ndcg@10": number},
+            "validation": values,
+        }
+        for seed, number in enumerate((0.1, 0.2, 0.3))
+    ]
+    cells = table.row("a model", seeds)
+    assert cells[:5] == ["a model", "0, 1, 2", "0.2000 ± 0.0000", "0.2000 ± 0.1000", "0.1000 ± 0.0000"]
+    assert cells[5] == "`dynrec train --config.seed=K --workdir=runs/a/seedK`, 2026-11-03"
+    assert table.row("a model", seeds[:1])[2:5] == ["0.2000", "0.1000", "0.1000"]
+
+
+def test_the_tables_replace_what_stands_between_the_marks_alone():
+    table = program("table")
+    text = "before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n"
+    made = table.between_marks(text, "new")
+    assert made == "before\n<!-- results -->\n\nnew\n\n<!-- end of results -->\nafter\n"
+    assert table.between_marks(made, "new") == made
+
+
+def run_folder(at: Path, experiment: Path, **changes: Any) -> Path:
+    """A run folder as `train` and `evaluate` leave it, of an experiment file with some keys changed."""
+    config = read(experiment, **changes)
+    (at / "evaluation").mkdir(parents=True)
+    (at / "config.json").write_text(configs.to_json(config))
+    for split, value in (("validation", 0.3), ("test", 0.2)):
+        result = {
+            "split": split, "users": 7, "catalogue": 9, "step": 40, "dataset": "abc", "ndcg@10": value,
+            "recall@10": 2 * value, "protocol": {"split": "leave_one_out"}, "cold": {"users": 1.0},
+            "baselines": {"popularity": {"ndcg@10": 0.1, "recall@10": 0.1}},
+        }  # fmt: skip
+        (at / "evaluation" / f"{split}.json").write_text(json.dumps(result))
+    return at
+
+
+def read(experiment: Path, **changes: Any) -> Any:
+    values = flags.FlagValues()
+    define_config(values)
+    given = [f"--config.{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    values(["train", f"--config={experiment}", *given])
+    return read_config(values)
+
+
+@pytest.fixture
+def experiment_file(tmp_path: Path) -> Path:
+    return experiment(tmp_path / "shop.py", Path("data/shop"), train__steps=40)
+
+
+def test_a_run_is_recorded_with_the_command_that_makes_it(
+    experiment_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    record = program("record")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "_commit", lambda: "0" * 40)
+    workdir = run_folder(tmp_path / "a run", experiment_file, seed=2, dataset="/elsewhere", data__prefetch=2)
+    given = [
+        f"--config={experiment_file}",
+        "--config.seed=2",
+        "--config.data.prefetch=2",
+        "--config.dataset=/elsewhere",
+    ]
+    assert record.main([*given, f"--workdir={workdir}"]) == 0
+    result = json.loads((tmp_path / "shop" / "seed2.json").read_text())
+    assert set(KEYS) <= result.keys()
+    assert result["test"] == {"ndcg@10": 0.2, "recall@10": 0.4}
+    assert result["validation"] == {"ndcg@10": 0.3, "recall@10": 0.6}
+    assert (result["content"], result["step"], result["protocol"]["users"]) == ("abc", 40, 7)
+    assert result["command"] == (
+        f"dynrec train --config={experiment_file} --config.seed=2 --config.data.prefetch=2 "
+        "--workdir=runs/shop/seed2 && dynrec evaluate --workdir=runs/shop/seed2"
+    )
+    assert "dataset" not in result["config"]
+    for key, value in stated(result["command"]).items():
+        assert result["config"].get(key, value) == json.loads(json.dumps(value)), key
+
+
+def test_a_run_of_other_settings_is_not_recorded(
+    experiment_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    record = program("record")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    workdir = run_folder(tmp_path / "run", experiment_file, model__dropout=0.75)
+    assert record.main([f"--config={experiment_file}", f"--workdir={workdir}"]) == 2
+    assert "model.dropout: 0.75, not 0.0" in capsys.readouterr().err
+    (workdir / "evaluation" / "test.json").unlink()
+    flag = "--config.model.dropout=0.75"
+    assert record.main([f"--config={experiment_file}", flag, f"--workdir={workdir}"]) == 2
+    assert "dynrec evaluate" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/seed*.json"))

@@ -13,10 +13,15 @@ def get_config():
     c = default_config()
     c.dataset = "data/ml-1m"
     c.data.max_length = 200
+    c.data.windows = "random"
+    c.model.dim = 128
     c.model.heads = 1
+    c.model.positions = "relative"
+    c.model.dropout = 0.3
     c.model.backward_weight = 0.5
-    c.train.steps = 3_000
-    c.train.learning_rate = 2e-3
-    c.train.checkpoint_every = 250
-    c.train.evaluate_every = 250
+    c.train.steps = 1_500
+    c.train.learning_rate = 6e-3
+    c.train.average = 0.99
+    c.train.checkpoint_every = 150
+    c.train.evaluate_every = 150
     return c

@@ -150,6 +150,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.calibration = (
         0.75  # "gbce": its t, from 0, plain cross-entropy, to 1, probabilities as without sampling
     )
+    # "full": share of each target that goes to the items that were near the user's last ones in the histories that
+    # train, so that rare items learn from counts too; counted once, by process 0, from all histories.
+    c.loss.neighbours = 0.0
     # "both": weight of telling an item's id vector by its other vector, in the catalogue or among the negatives.
     c.loss.alignment = 0.0
 

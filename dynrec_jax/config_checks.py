@@ -54,6 +54,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             "config.model.hops: a refined query needs the whole catalogue; use loss.kind=full, or hops=0"
         )
+    if c.loss.neighbours and c.loss.kind != "full":
+        raise ConfigError(
+            f"config.loss.neighbours: {c.loss.neighbours} shares a target in the softmax over all items; use "
+            "loss.kind=full, or 0"
+        )
     if c.train.accumulation and c.train.batch_size % c.train.accumulation:
         raise ConfigError(
             f"config.train.batch_size: {c.train.batch_size} does not divide by accumulation={c.train.accumulation}"
@@ -101,6 +106,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
         config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2", "train.average"
     )
     _within(config, 0.0, 1.0, "loss.uniform_share", "loss.calibration", "data.augmented", "data.crop")
+    _within(config, 0.0, 0.9, "loss.neighbours")
     _within(config, 0.0, 0.9, "data.drop")
     _at_least(config, 0, "data.reorder")
     _within(config, 0.0, 0.9, "data.cold_items", "item.id_dropout", "item.text_dropout")

@@ -78,6 +78,13 @@ def test_both_weights_at_0_and_hops_without_a_catalogue_are_refused():
             configs.validate(c)
 
 
+def test_targets_are_shared_in_the_full_softmax_alone():
+    c = configs.default_config()
+    c.update_from_flattened_dict({"loss.neighbours": 0.2, "loss.kind": "gbce"})
+    with pytest.raises(ConfigError, match=r"config\.loss\.neighbours: 0\.2 shares a target"):
+        configs.validate(c)
+
+
 def attributes_read() -> set[str]:
     """Names that the package reads as attributes, but for the module that writes the defaults."""
     names = set()
@@ -118,7 +125,7 @@ def test_json_gives_the_config_back(tmp_path: Path):
         ('{"train": {"stepz": 3}}', "unknown key train.stepz"),
         ('{"train": 3}', "train is 3; expected a JSON object"),
         ('{"train": {"steps": "many"}}', "train.steps"),
-        ('{"train": {"steps": 12}}', "has no compiled_dir, data.cache_dir"),
+        ('{"train": {"steps": 12}}', "has no compiled_dir, data.augmented"),
     ],
 )
 def test_a_stored_config_that_is_not_one_is_refused(tmp_path: Path, text: str, said: str):

@@ -19,6 +19,7 @@ from dynrec_jax.models.abra import Abra, Recommendation
 from dynrec_jax.models.attention import Direction
 from dynrec_jax.models.blocks import Ring
 from dynrec_jax.models.item_encoder import ItemEncoder, init_tables
+from dynrec_jax.models.neighbours import shared_targets
 from dynrec_jax.models.text_encoder import BERT, Text, TextEncoder
 from dynrec_jax.models.towers.ids import ID_TABLE, INDEX, SEEN
 from dynrec_jax.models.towers.tower import Described
@@ -94,6 +95,7 @@ class Bstm:
       forward_weight: weight of the forward traversal in the loss.
       backward_weight: weight of the backward traversal; 0 leaves it out.
       alignment: weight of telling an item's id by its other vector.
+      neighbours: share of a forward target that goes to the neighbours of the user's last items.
       event_weights: of targets by their event type, E + 1 of them; empty where all weigh the same.
       shapes: of what describes an item besides its id: name, width and type.
       text: BERT, where it is trained with the rest.
@@ -108,6 +110,7 @@ class Bstm:
     forward_weight: float
     backward_weight: float
     alignment: float = 0.0
+    neighbours: float = 0.0
     event_weights: tuple[float, ...] = ()
     shapes: tuple[tuple[str, int, str], ...] = ()
     text: TextEncoder | None = None
@@ -193,13 +196,22 @@ class Bstm:
         keys = dict(zip(weights, jax.random.split(key), strict=True))
         item_key = jax.random.fold_in(key, 2)
         v_BxMxD = self.item_vectors(params, rows.items, item_key)
+        catalogue_RxD = None
+        if rows.catalogue is not None:
+            catalogue_RxD = self.ready(self.item_vectors(params, rows.catalogue, item_key))
         read = [
             self._traverse(params, v_BxMxD, batch, direction, weight, keys[direction])
             for direction, weight in weights.items()
             if weight
         ]
+        if self.neighbours and self.forward_weight:
+            assert catalogue_RxD is not None
+            early = {name: x[:, :-1] for name, x in rows.items.items()}
+            u, vector, target, weight = read[0]
+            vector = shared_targets(vector, early, batch.positions[:, :-1], catalogue_RxD, self.neighbours)
+            read[0] = u, vector, target, weight
         at = losses.gather_positions(*(jnp.concatenate(parts, axis=1) for parts in zip(*read, strict=True)))
-        total = self._scored(params, rows, at, negatives, item_key)
+        total = self._scored(params, rows, catalogue_RxD, at, negatives, item_key)
         if self.alignment:
             total += self.alignment * self._aligned(params, rows, batch, negatives)
         return total, jnp.sum(self._weights(batch, "forward"), dtype=jnp.float32)
@@ -234,12 +246,17 @@ class Bstm:
         return weights_BxL * jnp.asarray(self.event_weights, jnp.float32)[types_BxL]
 
     def _scored(
-        self, params: Any, rows: Rows, at: losses.Positions, negatives: Negatives | None, key: Array
+        self,
+        params: Any,
+        rows: Rows,
+        catalogue_RxD: Array | None,
+        at: losses.Positions,
+        negatives: Negatives | None,
+        key: Array,
     ) -> Array:
         """The loss of some positions."""
-        if rows.catalogue is not None:
-            vectors_RxD = self.ready(self.item_vectors(params, rows.catalogue, key))
-            table_RxD, blocks = self._seen(vectors_RxD, rows.catalogue)
+        if rows.catalogue is not None and catalogue_RxD is not None:
+            table_RxD, blocks = self._seen(catalogue_RxD, rows.catalogue)
             at = at._replace(query=self.abra.query(at.query, table_RxD, at.number, blocks))
             return losses.full_softmax(at, table_RxD, blocks, self.dtype)
         if rows.negatives is None or negatives is None:

@@ -125,6 +125,11 @@ def _programs(rows: int, width: int, mesh: Mesh) -> tuple[Callable[[], Array], C
     return empty, put
 
 
+def placed(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """Numbers of every item, [N, width] by name, on the devices as the rows of item tables are."""
+    return {name: _place(Values(array), len(array), mesh) for name, array in arrays.items()}
+
+
 def _place(values: Values, number: int, mesh: Mesh) -> Array:
     rows = rows_for(number)
 

@@ -104,6 +104,7 @@ def _bstm(
         forward_weight=m.forward_weight,
         backward_weight=m.backward_weight,
         alignment=config.loss.alignment,
+        neighbours=config.loss.neighbours,
         event_weights=target_weights(config, event_types),
         shapes=tuple((name, width, kind) for tower in towers for name, width, kind in tower.shapes),
         text=text,

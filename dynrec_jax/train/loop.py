@@ -14,11 +14,14 @@ from jax.sharding import Mesh
 from dynrec_jax.config import describes_items, tunes_text
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.cold import cold_items
+from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.data.examples import Splits
+from dynrec_jax.data.neighbours import count_neighbours, read_neighbours, write_neighbours
 from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
 from dynrec_jax.evaluate.evaluator import Evaluator
+from dynrec_jax.models import neighbours
 from dynrec_jax.models.blocks import hidden_width
-from dynrec_jax.models.features import Items, read_items
+from dynrec_jax.models.features import Items, placed, read_items
 from dynrec_jax.models.model import MODELS, Model
 from dynrec_jax.models.towers.ids import SEEN
 from dynrec_jax.negatives import running_counts, sampling
@@ -128,7 +131,8 @@ def train(
             if items.text is not None:
                 source = _text_batches(config, source, items, own, processes)
             seen = {} if given.seen_Rx1 is None else {SEEN: given.seen_Rx1}
-            features = {**items.place(mesh), **seen}
+            near = _neighbours(config, histories.dataset, folder, mesh, processes, progress_bar)
+            features = {**items.place(mesh), **seen, **near}
             stream = _placed_inputs(source, start, config.data.prefetch, mesh, processes, running, features)
             left = range(start, config.train.steps)
             refresh = _refresh(config, items, mesh, progress_bar)
@@ -170,6 +174,37 @@ def _given(
     seen_Rx1 = in_rows(counts > 0, rows_for(items.number)).astype(np.int32)[:, None]
     unused = {tower.name: tower.unused(counts[1:] > 0) for tower in items.towers if tower.words}
     return Given(place_same(sharding(mesh, "items", None), seen_Rx1), bert, unused)
+
+
+def _neighbours(
+    config: ml_collections.ConfigDict,
+    dataset: Dataset,
+    folder: Path,
+    mesh: Mesh,
+    processes: Processes,
+    progress: Progress,
+) -> dict[str, jax.Array]:
+    """Neighbours of all items, rows as the table's, where the loss shares targets with them.
+
+    Process 0 counts them, of all histories, before the first start's first step, and leaves a file in the run folder.
+    """
+    if not config.loss.neighbours:
+        return {}
+    path = folder / "neighbours.safetensors"
+
+    def count() -> None:
+        if path.exists():
+            return
+        progress.say("counting which items are near each other")
+        everybody = Histories(dataset, config.data.cache_dir)
+        cold_N = cold_items(dataset.items, config.data.cold_items)
+        users_E, items_E, _ = everybody.events_before(make_splits(everybody, config).train_end)
+        kept_E = ~cold_N[items_E]
+        write_neighbours(path, count_neighbours(users_E[kept_E], items_E[kept_E], dataset.items))
+
+    processes.first_does(count)
+    found = processes.agree(lambda: read_neighbours(path))
+    return placed({neighbours.IDS: found.ids, neighbours.WEIGHTS: found.weights}, mesh)
 
 
 def _text_batches(

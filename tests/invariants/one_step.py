@@ -11,7 +11,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
-from dynrec_jax.models.features import Items
+from dynrec_jax.models import neighbours
+from dynrec_jax.models.features import Items, placed
 from dynrec_jax.models.model import Model
 from dynrec_jax.models.towers.ids import ID_TABLE, SEEN
 from dynrec_jax.negatives import running_counts, sampling
@@ -37,6 +38,7 @@ TEXT_KEYS: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"model__hops": 1},
+    "neighbours": {"loss__neighbours": 0.4},
     "sampled": {"loss__kind": "sampled"},
     "popularity": {"loss__kind": "sampled", "loss__sampler": "popularity"},
     "in_batch": {"loss__kind": "sampled", "loss__sampler": "in_batch"},
@@ -83,7 +85,8 @@ def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
     _, shardings = abstract_state(model, tx, rows, mesh)
     seen_Rx1 = texts.seen(ITEMS, mesh) if items.text else None
     state = fresh_state(model, tx, rows, mesh, 3, shardings, Given(seen_Rx1))
-    inputs = Inputs(batch, None, {SEEN: seen_Rx1} if items.text else {}, texts.placed(items, mesh, process))
+    known = {SEEN: seen_Rx1} if items.text else near(mesh) if kind == "neighbours" else {}
+    inputs = Inputs(batch, None, known, texts.placed(items, mesh, process))
     state = state._replace(caches=items.encoded(state.params, mesh))
     settings = StepSettings(
         seed=5,
@@ -106,6 +109,15 @@ def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
             scalars = {name: np.asarray(metrics[name]) for name in ("gradient_norm", "targets")}
     ids, scores = lists(model, mesh, state)
     return {**scalars, **before, **after, "losses": np.array(losses), "ids": ids, "scores": scores}
+
+
+def near(mesh: Mesh) -> dict[str, Any]:
+    """Three neighbours of each item but every fifth, which has none."""
+    rng = np.random.default_rng(4)
+    there = (np.arange(ITEMS) % 5 > 0)[:, None]
+    ids = np.where(there, rng.integers(1, ITEMS + 1, (ITEMS, 3)), 0).astype(np.int32)
+    weights = np.where(there, rng.uniform(0.1, 1.0, ids.shape), 0.0).astype(np.float32)
+    return placed({neighbours.IDS: ids, neighbours.WEIGHTS: weights}, mesh)
 
 
 def whole_batch() -> Batch:

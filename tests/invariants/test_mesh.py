@@ -18,6 +18,7 @@ QUICK = [
     ("gbce", (1, 8, 1)),
     ("text", (2, 2, 2)),
     ("timed", (2, 2, 2)),
+    ("neighbours", (2, 2, 2)),
 ]
 MESHES = [
     pytest.param(kind, sizes, marks=[] if (kind, sizes) in QUICK else pytest.mark.slow)

@@ -21,13 +21,14 @@ CHANGES = {
     "attributes": {"item.fusion": "both", **ATTRIBUTES},
     "ensemble": {"item.fusion": "ensemble", **ATTRIBUTES},
     # The loss.
-    "sampled": {"loss.kind": "sampled", "loss.negatives": 512},
-    "gbce": {"loss.kind": "gbce", "loss.negatives": 512},
+    "sampled": {"loss.kind": "sampled", "loss.negatives": 512, "loss.neighbours": 0.0},
+    "gbce": {"loss.kind": "gbce", "loss.negatives": 512, "loss.neighbours": 0.0},
+    "alone": {"loss.neighbours": 0.0},
     "normalised": {"model.normalise": True, "model.temperature": 0.005},
     # The encoder.
     "seed": {"model.block": "seed"},
     "hstu": {"model.block": "hstu"},
-    "gru": {"model.block": "gru"},
+    "gru": {"model.block": "gru", "model.positions": "absolute"},
     "absolute": {"model.positions": "absolute"},
     # What is read.
     "augmented": {"data.augmented": 0.5, "data.drop": 0.2, "data.reorder": 2},
@@ -42,13 +43,16 @@ def get_config(change=""):
     c = default_config()
     c.dataset = "data/beauty"
     c.data.max_length = 50
-    c.model.heads = 1
+    c.model.heads = 4
+    c.model.positions = "relative"
     c.model.backward_weight = 0.0
-    c.model.dropout = 0.5
+    c.model.dropout = 0.4
+    c.loss.neighbours = 0.2
     c.train.batch_size = 256
-    c.train.steps = 3_500
+    c.train.steps = 1_050
     c.train.learning_rate = 2e-2
-    c.train.average = 0.99
+    c.train.weight_decay = 0.3
+    c.train.average = 0.98
     c.train.checkpoint_every = 350
     c.train.evaluate_every = 175
     c.update_from_flattened_dict(CHANGES[change])

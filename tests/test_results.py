@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 import shlex
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,8 @@ import pytest
 from absl import flags
 
 from dynrec_jax import config as configs
-from dynrec_jax.verbs.experiment import define_config, read_config
+from dynrec_jax.errors import ConfigError
+from dynrec_jax.verbs.experiment import define_config, load, read_config
 
 from .commands import experiment
 
@@ -166,3 +168,15 @@ def test_a_run_of_other_settings_is_not_recorded(
     assert record.main([f"--config={experiment_file}", flag, f"--workdir={workdir}"]) == 2
     assert "dynrec evaluate" in capsys.readouterr().err
     assert not list(tmp_path.glob("*/seed*.json"))
+
+
+@pytest.mark.parametrize("name", ["beauty", "ml1m"])
+def test_every_change_of_an_experiment_is_a_config_that_differs(name: str):
+    path = ROOT / "experiments" / f"{name}.py"
+    plain = configs.flat(load(str(path)))
+    for change in runpy.run_path(str(path))["CHANGES"]:
+        config = load(f"{path}:{change}")
+        configs.validate(config)
+        assert (configs.flat(config) != plain) == bool(change)
+    with pytest.raises(ConfigError, match="expected one of backward, hops"):
+        load(f"{path}:nothing")

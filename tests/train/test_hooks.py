@@ -73,7 +73,7 @@ class Recorder:
 class Scripted:
     """An evaluator that finds the same value each time."""
 
-    def metrics(self, *_: Any) -> dict[str, float]:
+    def metrics(self, **_: Any) -> dict[str, float]:
         return {"ndcg@10": 0.5}
 
 

@@ -80,6 +80,11 @@ def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan
             f"config.item.fusion: {config.item.fusion!r} needs a dataset's items, and a plan has none; use id for the "
             "part of users and ids, and add what towers hold of each item, and BERT with its activations"
         )
+    if config.loss.neighbours:
+        raise ConfigError(
+            f"config.loss.neighbours: {config.loss.neighbours} needs counts of histories, and a plan has none; "
+            "use 0, and add 24 item vectors of each event of a batch"
+        )
     # Without a dataset, types are those that the config names.
     model = make_bstm(config, items, event_types=named_types(config))
     assert isinstance(model, Bstm)

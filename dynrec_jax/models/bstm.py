@@ -19,7 +19,7 @@ from dynrec_jax.models.abra import Abra, Recommendation
 from dynrec_jax.models.attention import Direction
 from dynrec_jax.models.blocks import Ring
 from dynrec_jax.models.item_encoder import ItemEncoder, init_tables
-from dynrec_jax.models.neighbours import shared_targets
+from dynrec_jax.models.neighbours import IDS, WEIGHTS, shared_targets
 from dynrec_jax.models.text_encoder import BERT, Text, TextEncoder
 from dynrec_jax.models.towers.ids import ID_TABLE, INDEX, SEEN
 from dynrec_jax.models.towers.tower import Described
@@ -206,7 +206,7 @@ class Bstm:
         ]
         if self.neighbours and self.forward_weight:
             assert catalogue_RxD is not None
-            early = {name: x[:, :-1] for name, x in rows.items.items()}
+            early = {name: rows.items[name][:, :-1] for name in (IDS, WEIGHTS)}
             u, vector, target, weight = read[0]
             vector = shared_targets(vector, early, batch.positions[:, :-1], catalogue_RxD, self.neighbours)
             read[0] = u, vector, target, weight

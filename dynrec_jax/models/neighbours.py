@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from dynrec_jax.models.towers.tower import Described
-from dynrec_jax.parallel.exchange import Exchange
 from dynrec_jax.parallel.table import lookup
 
 Array = jax.Array
@@ -26,7 +25,6 @@ def shared_targets(
     positions_BxL: Array,
     table_RxD: Array,
     share: float,
-    exchange: Exchange | None = None,
 ) -> Array:
     """Targets' vectors mixed with those of the neighbours of each position's last items, `[B, L, D]`.
 
@@ -36,10 +34,9 @@ def shared_targets(
       positions_BxL: int32, how many events of its history come before each.
       table_RxD: vectors of all items, as they are scored.
       share: of the neighbours; of a position that has none, the target keeps all.
-      exchange: see `lookup`.
     """
     ids_BxLxM, weight_BxLxM = described[IDS], described[WEIGHTS]
-    flat = lookup(table_RxD, ids_BxLxM.reshape(ids_BxLxM.shape[0], -1), exchange)
+    flat = lookup(table_RxD, ids_BxLxM.reshape(ids_BxLxM.shape[0], -1))
     own_BxLxD = jnp.einsum("blm,blmd->bld", weight_BxLxM, flat.reshape(*ids_BxLxM.shape, -1))
     # The weight rides along as one more element, so that both are added up alike.
     own = jnp.concatenate([own_BxLxD, weight_BxLxM.sum(axis=-1, keepdims=True)], axis=-1)

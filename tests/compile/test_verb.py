@@ -143,6 +143,7 @@ def settings(tmp_path, monkeypatch) -> Path:
             "--topology=h100:8 --config.data.items=2000000000 --config.model.dim=256 --config.loss.kind=sampled",
             "take 716.2 GiB on each of 8 devices, which have 59.7 GiB; they need 128 devices, or at most",
         ),
+        ("--topology=8 --config.loss.neighbours=0.2", "needs counts of histories"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_compiled(flags, said, settings, capsys, monkeypatch):

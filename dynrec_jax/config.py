@@ -92,6 +92,9 @@ def default_config() -> ml_collections.ConfigDict:
     # Vectors of a user: each target trains the one that scores it highest, and an item's score is that of the best one.
     c.model.interests = 1
     c.model.hops = 0  # how often ABRA's mixture refines the query
+    # Weight of counts in what is served: items that were near the user's last ones in the histories that train are
+    # scored higher, by this times log(1 + 10 · their weight). It changes nothing in training.
+    c.model.neighbours = 0.0
     c.model.forward_weight = 1.0  # of the traversal that predicts the next item
     c.model.backward_weight = 0.5  # of the traversal that predicts the previous item; 0 leaves it out
     c.model.dtype = "float32"  # of activations and matrix products; parameters stay float32

@@ -100,7 +100,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     )
     _at_least(config, 0, "mesh.slices", "model.attention_window")
     _within(config, 1, 2**16, "model.time_buckets")
-    _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops")
+    _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops", "model.neighbours")
     _within(config, 0, 2**32 - 1, "seed")
     _within(
         config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2", "train.average"

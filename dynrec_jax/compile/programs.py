@@ -18,6 +18,7 @@ from dynrec_jax.evaluate.evaluator import LIST_LENGTH
 from dynrec_jax.evaluate.recommender import Recommender, seen_width
 from dynrec_jax.models.bstm import Bstm
 from dynrec_jax.models.model import make_bstm
+from dynrec_jax.models.neighbours import LAST
 from dynrec_jax.models.towers.ids import ID_TABLE
 from dynrec_jax.parallel import capacity
 from dynrec_jax.parallel.blocks import PEER_AXES, TWIN_AXES
@@ -80,11 +81,15 @@ def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan
             f"config.item.fusion: {config.item.fusion!r} needs a dataset's items, and a plan has none; use id for the "
             "part of users and ids, and add what towers hold of each item, and BERT with its activations"
         )
-    if config.loss.neighbours:
-        raise ConfigError(
-            f"config.loss.neighbours: {config.loss.neighbours} needs counts of histories, and a plan has none; "
-            "use 0, and add 24 item vectors of each event of a batch"
-        )
+    for key, more in (
+        ("loss", "24 item vectors of each event of a batch"),
+        ("model", "512 bytes an item, over the devices"),
+    ):
+        if config[key].neighbours:
+            raise ConfigError(
+                f"config.{key}.neighbours: {config[key].neighbours} needs counts of histories, and a plan has none; "
+                f"use 0, and add {more}"
+            )
     # Without a dataset, types are those that the config names.
     model = make_bstm(config, items, event_types=named_types(config))
     assert isinstance(model, Bstm)
@@ -170,8 +175,9 @@ def rank_program(plan: Plan) -> Program:
     seen = seen_width(config.data.max_length) if config.evaluation.filter_seen else 1
     where = sharding(plan.mesh, "batch", None)
     vectors = jax.ShapeDtypeStruct((plan.users, plan.model.abra.width), jnp.float32, sharding=where)
+    read = vectors, _ints(plan.users, LAST, sharding=where)
     table = plan.state.tables[ID_TABLE]
-    traced = _recommender(plan).trace_rank(vectors, table, _ints(plan.users, seen, sharding=where))
+    traced = _recommender(plan).trace_rank(read, table, _ints(plan.users, seen, sharding=where))
     return _program("rank", plan, traced, plan.rounds, plan.users // row_pieces(plan.mesh))
 
 

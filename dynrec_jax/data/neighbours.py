@@ -1,12 +1,13 @@
 """Which items are near each other in the histories that train: counts, for a loss that learns from them too."""
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sparse
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from dynrec_jax.errors import DataError
 from dynrec_jax.files import write_whole
@@ -15,7 +16,8 @@ REACH = 5  # places between two events at most, to be near
 FADE = 0.7  # what one more place between two events leaves of a pair's weight
 BACK = 0.5  # weight of what came before an item beside what came after it
 OWN, OTHER = 0.5, 0.3  # powers of the events of an item, and of its neighbour, that weights are divided by
-MOST = 24  # neighbours of an item
+MOST = 64  # neighbours of an item
+FILE = "neighbours.safetensors"  # of a run folder
 
 
 class Neighbours(NamedTuple):
@@ -61,18 +63,39 @@ def count_neighbours(users_E: np.ndarray, items_E: np.ndarray, items: int, most:
     return made
 
 
-def write_neighbours(path: Path, found: Neighbours) -> None:
-    """Writes them whole, for other processes and later starts."""
-    write_whole(path, save(found._asdict()))
+def write_neighbours(folder: Path, found: Neighbours) -> None:
+    """Writes them whole into a run folder, for other processes, later starts, and what serves the model."""
+    write_whole(folder / FILE, save(found._asdict(), {"sha256": _digest(found)}))
 
 
-def read_neighbours(path: Path) -> Neighbours:
+def read_neighbours(folder: Path, items: int, rows: int | None = None) -> Neighbours:
     """What `write_neighbours` wrote.
 
+    Args:
+      folder: of the run.
+      items: N of the dataset.
+      rows: rows wanted, where there are newer items; those are near nothing.
+
     Raises:
-      DataError: it is not readable as that.
+      DataError: there is none, it is not readable as that, or it is not what was written.
     """
+    path = folder / FILE
     try:
-        return Neighbours(**load_file(path))
-    except (OSError, SafetensorError, TypeError) as error:
-        raise DataError(f"{path}: {error}; remove it, and the next start counts anew") from None
+        with safe_open(path, "numpy") as file:
+            about = file.metadata() or {}
+            found = Neighbours(*(file.get_tensor(name) for name in Neighbours._fields))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: {error}; {_AGAIN}") from None
+    if about.get("sha256") != _digest(found) or len(found.ids) != items:
+        raise DataError(f"{path}: is not what was written there for {items:,} items; {_AGAIN}")
+    more = (0, (items if rows is None else rows) - items), (0, 0)
+    return Neighbours(*(np.pad(array, more) for array in found))
+
+
+_AGAIN = (
+    "remove it, and give the run's own `dynrec train` command again: it counts anew and trains no step twice"
+)
+
+
+def _digest(found: Neighbours) -> str:
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in found)).hexdigest()

@@ -21,6 +21,7 @@ from dynrec_jax.data.cache import Histories, Windows
 from dynrec_jax.errors import NonFiniteError
 from dynrec_jax.models.features import Items, described_rows
 from dynrec_jax.models.model import Model
+from dynrec_jax.models.neighbours import Near, last_items, raised
 from dynrec_jax.models.towers.ids import ID_TABLE
 from dynrec_jax.parallel.mesh import Feed, feed, own_rows, place_rows, place_same
 from dynrec_jax.parallel.processes import ALONE, Processes
@@ -131,13 +132,18 @@ class Recommender:
         described = described_rows(known, tables, rows_for(self._model.abra.items))
         return constrain(self._model.catalogue(params, described), "items", None)
 
-    def _user_vectors(self, params: Any, vectors_RxD: Any, history: History) -> jax.Array:
+    def _user_vectors(self, params: Any, vectors_RxD: Any, history: History) -> tuple[jax.Array, jax.Array]:
         v_BxLxD = lookup(vectors_RxD, history.items)
-        return constrain(self._model.last_vector(params, v_BxLxD, history), "batch", None)
+        u_BxD = constrain(self._model.last_vector(params, v_BxLxD, history), "batch", None)
+        return u_BxD, constrain(last_items(history.items), "batch", None)
 
-    def _best(self, u_BxD: Any, table_RxD: Any, seen_BxM: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _best(
+        self, read: Any, table_RxD: Any, seen_BxM: Any, near: Near | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        u_BxD, last_BxT = read
         q_BxD = self._model.abra.query(u_BxD, table_RxD)
-        ids, scores = self._model.abra.best(q_BxD, table_RxD, seen_BxM, self.k)
+        more = None if near is None else raised(near, last_BxT, self._model.abra.neighbours)
+        ids, scores = self._model.abra.best(q_BxD, table_RxD, seen_BxM, self.k, more)
         finite = jnp.isfinite(q_BxD).all() & ~jnp.isnan(scores).any()
         return constrain(ids, "batch", None), constrain(scores, "batch", None), finite
 
@@ -146,10 +152,10 @@ class Recommender:
         with jax.set_mesh(self.mesh):
             return self._encode.trace(params, vectors_RxD, history)
 
-    def trace_rank(self, u_BxD: Any, table_RxD: Any, seen_BxM: Any) -> jax.stages.Traced:
-        """The program that ranks the catalogue, for shapes."""
+    def trace_rank(self, read: Any, table_RxD: Any, seen_BxM: Any) -> jax.stages.Traced:
+        """The program that ranks the catalogue, for shapes; `read` are those that the other program gives."""
         with jax.set_mesh(self.mesh):
-            return self._rank.trace(u_BxD, table_RxD, seen_BxM)
+            return self._rank.trace(read, table_RxD, seen_BxM)
 
     def prepare(self, params: Any, tables: Any) -> Callable[[HistorySource, np.ndarray, np.ndarray], Lists]:
         """A function (source, users, ends) -> Lists for these variables.
@@ -158,12 +164,13 @@ class Recommender:
           NonFiniteScores: an item vector is not finite; the function raises it for users' vectors and scores.
         """
         vectors_RxD, table_RxD = self.vectors(params, tables)
+        near = self._items.near(self.mesh)
         with jax.set_mesh(self.mesh):
             if not bool(self._finite(table_RxD)):
                 raise NonFiniteScores("item vectors are not finite")
 
         def batch(history: History, seen_BxM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            return self._rank(self._encode(params, vectors_RxD, history), table_RxD, seen_BxM)
+            return self._rank(self._encode(params, vectors_RxD, history), table_RxD, seen_BxM, near)
 
         return functools.partial(self.run, batch)
 

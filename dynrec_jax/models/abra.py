@@ -2,7 +2,7 @@
 
 `a_i = softmax_i(u·v_i / (τ · sqrt(d_u + d_v)))`, `r = Σ a_i v_i`. The list is the attention's top k; the mixture r
 can be fed back, so that the next attention asks with `u + r` ("hops"). The scores are the logits before the
-softmax, and they are the logits of the training loss.
+softmax, and they are the logits of the training loss; where neighbours count, theirs are raised (`models.neighbours`).
 """
 
 import dataclasses
@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from dynrec_jax.batch import PAD
+from dynrec_jax.models.neighbours import Raised
 from dynrec_jax.parallel.blocks import Blocks
 from dynrec_jax.parallel.mixture import mixture
+from dynrec_jax.parallel.table import lookup
 from dynrec_jax.parallel.topk import top_k
 
 Array = jax.Array
@@ -47,6 +49,7 @@ class Abra:
       block_positions: positions that are scored at a time.
       interests: k, vectors of a user, of which each item's best one counts; a user's vector is then `[k · D]`, one
         behind the other.
+      neighbours: weight of the counts of neighbours in what is served; 0 leaves them out.
     """
 
     dim: int
@@ -57,6 +60,7 @@ class Abra:
     block_items: int
     block_positions: int
     interests: int = 1
+    neighbours: float = 0.0
 
     @property
     def width(self) -> int:
@@ -105,27 +109,39 @@ class Abra:
         mixed_BxD = mixed_PxD.reshape(len(q_BxD), -1, mixed_PxD.shape[-1]).mean(axis=1)
         return Recommendation(ids_BxK, scores_BxK, mixed_BxD)
 
-    def best(self, q_BxD: Array, table_RxD: Array, seen_BxM: Array, k: int) -> tuple[Array, Array]:
+    def best(
+        self, q_BxD: Array, table_RxD: Array, seen_BxM: Array, k: int, raised: Raised | None = None
+    ) -> tuple[Array, Array]:
         """ids and scores of `recommend`, without the mixture, for queries and a table that are ready.
 
         An item's score is that of the interest that likes it best. What is among the k best of all is among the k best
-        of that interest, so the interests' lists hold it.
+        of that interest, so the interests' lists hold it. What is raised into the k best is among the `raised`, and
+        what is not raised is among the k best of all as they were.
         """
         interests = q_BxD.shape[-1] // table_RxD.shape[-1]
-        if interests > 1:
-            seen_BxM = jnp.repeat(seen_BxM, interests, axis=0)
         ids, scores = top_k(
             q_BxD.reshape(-1, table_RxD.shape[-1]),
             table_RxD,
-            seen_BxM,
+            seen_BxM if interests == 1 else jnp.repeat(seen_BxM, interests, axis=0),
             k=k,
             items=self.items,
             scale=self.scale,
             rows=self.block_items,
         )
-        if interests == 1:
+        if interests == 1 and raised is None:
             return ids, scores
-        return _merged(ids.reshape(len(q_BxD), -1), scores.reshape(len(q_BxD), -1), k)
+        ids, scores = ids.reshape(len(q_BxD), -1), scores.reshape(len(q_BxD), -1)
+        if raised is not None:
+            seen_BxC = (raised.ids[:, :, None] == seen_BxM[:, None, :]).any(axis=-1)
+            ids = jnp.concatenate([ids, jnp.where(seen_BxC, PAD, raised.ids)], axis=1)
+            scores = jnp.concatenate([scores, self._own(q_BxD, table_RxD, raised.ids) + raised.by], axis=1)
+        return _merged(ids, scores, k)
+
+    def _own(self, q_BxD: Array, table_RxD: Array, ids_BxC: Array) -> Array:
+        """Scores `[B, C]` of some items of each query, which is ready."""
+        v_BxCxD = lookup(table_RxD, ids_BxC)
+        each_BxIxD = q_BxD.reshape(len(q_BxD), -1, table_RxD.shape[-1])
+        return jnp.einsum("bid,bcd->bic", each_BxIxD, v_BxCxD).max(axis=1) * self.scale
 
     def apart(self, u: Array) -> Array:
         """A user's interests, `[..., k, D]`, from vectors `[..., k · D]`."""

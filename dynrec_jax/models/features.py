@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 
 from dynrec_jax.config import describes_items, tunes_text
 from dynrec_jax.data.dataset import Dataset
+from dynrec_jax.data.neighbours import Neighbours, read_neighbours
 from dynrec_jax.models.encode import encode_items
 from dynrec_jax.models.model import MODELS, Model
+from dynrec_jax.models.neighbours import Near
 from dynrec_jax.models.text_encoder import BERT, TEXT
 from dynrec_jax.models.towers.ids import ID_TABLE, INDEX
 from dynrec_jax.models.towers.kinds import read_towers
@@ -38,6 +40,7 @@ class Items:
       text: what BERT reads, where it is trained with the rest; otherwise None.
       say: is told how far long work is.
       event_types: names of the events' types, by index from 1.
+      neighbours: which items are near each other, where what is served counts it.
     """
 
     number: int
@@ -45,6 +48,7 @@ class Items:
     text: TextSource | None = None
     say: Callable[[str], None] = lambda line: None
     event_types: tuple[str, ...] = ()
+    neighbours: Neighbours | None = None
     _placed: dict[Mesh, dict[str, Array]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def model(self, config: ml_collections.ConfigDict) -> Model:
@@ -58,6 +62,10 @@ class Items:
             found = {name: values for tower in self.towers for name, values in tower.values.items()}
             self._placed[mesh] = {name: _place(values, self.number, mesh) for name, values in found.items()}
         return self._placed[mesh]
+
+    def near(self, mesh: Mesh) -> Near | None:
+        """Neighbours of all items, on the devices, where what is served counts them."""
+        return None if self.neighbours is None else near_of(self.neighbours, mesh)
 
     def encoded(self, params: Any, mesh: Mesh, into: dict[str, Array] | None = None) -> dict[str, Array]:
         """Vectors of all texts by the BERT that is trained, [R, E]; empty where none is.
@@ -100,18 +108,21 @@ def read_items(
       DataError: a file is not what it must be.
     """
     types = tuple(dataset.event_types)
+    near = None
+    if config.model.neighbours and folder is not None:
+        near = read_neighbours(folder, dataset.items, dataset.items + (0 if new is None else new.num_rows))
     if not describes_items(config):
-        return Items(dataset.items, event_types=types)
+        return Items(dataset.items, event_types=types, neighbours=near)
     job = Job(config, dataset, dataset.items_table(), folder, say)
     towers, text = read_towers(job), text_source(job) if tunes_text(config) else None
     if new is None:
-        return Items(dataset.items, tuple(towers), text, say, types)
+        return Items(dataset.items, tuple(towers), text, say, types, near)
     later = dataclasses.replace(job, items=new)
     both = zip(towers, read_towers(later), strict=True)
     towers = [tower.followed_by(other) for tower, other in both]
     if text is not None:
         text = text.followed_by(text_source(later))
-    return Items(dataset.items + new.num_rows, tuple(towers), text, say, types)
+    return Items(dataset.items + new.num_rows, tuple(towers), text, say, types, near)
 
 
 @functools.lru_cache(maxsize=4)
@@ -125,9 +136,9 @@ def _programs(rows: int, width: int, mesh: Mesh) -> tuple[Callable[[], Array], C
     return empty, put
 
 
-def placed(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """Numbers of every item, [N, width] by name, on the devices as the rows of item tables are."""
-    return {name: _place(Values(array), len(array), mesh) for name, array in arrays.items()}
+def near_of(neighbours: Neighbours, mesh: Mesh) -> Near:
+    """Neighbours of all items, on the devices as the rows of item tables are."""
+    return Near(*(_place(Values(array), len(array), mesh) for array in neighbours))
 
 
 def _place(values: Values, number: int, mesh: Mesh) -> Array:

@@ -93,6 +93,7 @@ def _bstm(
         block_items=config.loss.block_items,
         block_positions=config.loss.block_positions,
         interests=m.interests,
+        neighbours=m.neighbours,
     )
     return Bstm(
         towers=Towers(user=user, item=item),

@@ -1,22 +1,56 @@
-"""Targets that are shared with what other histories say: the softmax against a mixture of items instead of one.
+"""What other histories say, beside what the model has learned of them: items that were near the user's last ones.
 
-Label smoothing (Szegedy et al. 2016) gives a part of the target's probability to all items alike. Here it goes to the
-items that were near the user's last items in the histories that train (`data.neighbours`), by their weights, so that
-rare items learn from counts what their few events do not teach. The cross-entropy against such a target,
-`log Σ_i e^{s_i} - Σ_j q_j s_j`, is that against one item whose vector is the mixture `Σ_j q_j v_j`: scores are linear
-in vectors.
+A table of D numbers an item generalises, and cannot hold which items follow which where few did; counts
+(`data.neighbours`) hold just that. They come in twice, each by a setting of its own:
+
+- In the loss, `shared_targets`: the softmax is against a mixture of items instead of one. Label smoothing (Szegedy et
+  al. 2016) gives a part of the target's probability to all items alike; here it goes to the neighbours, by their
+  weights. The cross-entropy against such a target, `log Σ_i e^{s_i} - Σ_j q_j s_j`, is that against one item whose
+  vector is the mixture `Σ_j q_j v_j`: scores are linear in vectors.
+- In what is served, `raised`: the neighbours' scores are raised by `weight · log(1 + h_i / FEW)`, h being what their
+  counts add up to. It is the interpolation of a model with a memory that language models know (kNN-LM, Khandelwal et
+  al. 2020), of scores instead of probabilities, so that nothing needs the softmax's sum.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dynrec_jax.batch import PAD
 from dynrec_jax.models.towers.tower import Described
 from dynrec_jax.parallel.table import lookup
 
 Array = jax.Array
 IDS, WEIGHTS = "neighbour_ids", "neighbour_weights"  # names of what the devices hold of each item
 LAST = 3  # last items of a history whose neighbours count
-LESS = 0.6  # what each earlier one of them counts beside the one after it
+LESS = 0.8  # what each earlier one of them counts beside the one after it
+TAUGHT = 24  # neighbours of each, the nearest, that the loss knows: each is a vector of each position
+FEW = 0.1  # what counts add up to where they begin to tell: about as much as one neighbour of the last item alone
+
+
+class Near(NamedTuple):
+    """Neighbours of all items, rows as the item tables'.
+
+    Attributes:
+      ids: int32[R, M]; 0 where an item has no more.
+      weights: float32[R, M]; 0 there.
+    """
+
+    ids: Array
+    weights: Array
+
+
+class Raised(NamedTuple):
+    """Items whose scores are raised.
+
+    Attributes:
+      ids: int32[B, C], each of a row once; 0 names none.
+      by: float32[B, C], what is added; never less than 0.
+    """
+
+    ids: Array
+    by: Array
 
 
 def shared_targets(
@@ -48,3 +82,30 @@ def shared_targets(
     there_BxLx1 = weight_BxLx1 > 0
     mean_BxLxD = sum_BxLxD / jnp.where(there_BxLx1, weight_BxLx1, 1.0)
     return jnp.where(there_BxLx1, (1 - share) * vector_BxLxD + share * mean_BxLxD, vector_BxLxD)
+
+
+def last_items(items_BxL: Array) -> Array:
+    """The last items of histories, newest first, int32[B, LAST]; 0 where a history has fewer."""
+    length_Bx1 = (items_BxL != PAD).sum(axis=1, dtype=jnp.int32)[:, None]
+    place_BxT = length_Bx1 - 1 - jnp.arange(LAST)[None, :]
+    found_BxT = jnp.take_along_axis(items_BxL, jnp.maximum(place_BxT, 0), axis=1)
+    return jnp.where(place_BxT >= 0, found_BxT, PAD)
+
+
+def raised(near: Near, last_BxT: Array, weight: float) -> Raised:
+    """The neighbours of some users' last items, and by how much they are raised.
+
+    Args:
+      near: of all items.
+      last_BxT: as `last_items` gives them.
+      weight: of the counts beside the model's scores.
+    """
+    ids_BxC = lookup(near.ids, last_BxT).reshape(len(last_BxT), -1)
+    fading_T = LESS ** jnp.arange(last_BxT.shape[1], dtype=jnp.float32)
+    weight_BxTxM = lookup(near.weights, last_BxT) * fading_T[None, :, None]
+    weight_BxC = jnp.where(last_BxT[..., None] != PAD, weight_BxTxM, 0.0).reshape(ids_BxC.shape)
+    same_BxCxC = ids_BxC[:, :, None] == ids_BxC[:, None, :]
+    total_BxC = jnp.where(same_BxCxC, weight_BxC[:, None, :], 0.0).sum(axis=-1)
+    first_BxC = jnp.argmax(same_BxCxC, axis=-1) == jnp.arange(ids_BxC.shape[1])[None, :]
+    there_BxC = first_BxC & (total_BxC > 0)
+    return Raised(jnp.where(there_BxC, ids_BxC, PAD), weight * jnp.log1p(total_BxC / FEW))

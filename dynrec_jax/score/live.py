@@ -19,6 +19,7 @@ from dynrec_jax.data.cache import Histories, from_start
 from dynrec_jax.data.units import UNITS
 from dynrec_jax.errors import DataError, MachineError
 from dynrec_jax.evaluate.recommender import Lists, Recommender, seen_width
+from dynrec_jax.models.neighbours import LAST, raised
 from dynrec_jax.models.user_state import Event, Stream, UserState
 from dynrec_jax.parallel.digest import tree_digest
 from dynrec_jax.parallel.mesh import row_pieces
@@ -63,6 +64,7 @@ class Live:
         self._seen: list[list[int]] = [[] for _ in self.users]
         recommender = Recommender(run.model, run.mesh, 1, 1, False, items=run.items)
         self._vectors, self._table = recommender.vectors(run.params, run.tables)
+        self._near = run.items.near(run.mesh)
         with jax.set_mesh(run.mesh):
             # One row more than there are users: what fills up a batch goes there.
             self.states = jax.jit(self.stream.empty, static_argnums=1)(run.params, len(self.users) + 1)
@@ -152,13 +154,22 @@ class Live:
             if moment_B is not None:
                 asked = jnp.asarray(np.pad(moment_B[start : start + TOGETHER], (0, size - len(rows))))
             with jax.set_mesh(self._mesh):
+                tables = self._vectors, self._table, self._near
                 ids, scores = self._best(
-                    self.run.params, (self._vectors, self._table), self.states, (row_B, asked), seen_BxM, k
+                    self.run.params, tables, self.states, (row_B, asked, self._last(rows, size)), seen_BxM, k
                 )
             made.append((np.asarray(ids)[: len(rows)], np.asarray(scores)[: len(rows)]))
         if not made:
             return Lists(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
         return Lists(*(np.concatenate(parts) for parts in zip(*made, strict=True)))
+
+    def _last(self, rows: np.ndarray, size: int) -> np.ndarray:
+        """The last items of some users, newest first, int32[size, LAST]; 0 where there are fewer."""
+        last_BxT = np.zeros((size, LAST), np.int32)
+        for place, number in enumerate(rows):
+            newest = self._seen[number][: -LAST - 1 : -1]
+            last_BxT[place, : len(newest)] = newest
+        return last_BxT
 
     def read(self, histories: Histories, ends_U: np.ndarray | None = None) -> None:
         """Appends what the dataset knows of the users: all events, or those before number `ends` of each."""
@@ -283,12 +294,14 @@ class Live:
     def _recommended(
         self, params: Any, tables: Any, states: UserState, asked: Any, seen_BxM: Any, k: int
     ) -> tuple[jax.Array, jax.Array]:
-        (vectors_RxD, table_RxD), (row_B, moment_B) = tables, asked
+        (vectors_RxD, table_RxD, near), (row_B, moment_B, last_BxT) = tables, asked
         some = jax.tree.map(lambda leaf, a: jnp.take(leaf, row_B, axis=a), states, _user_axis(states))
         moment_B = some.last.times if moment_B is None else moment_B
         u_BxD = self.stream.interest(params, vectors_RxD, some, moment_B)
         q_BxD = self.run.model.abra.query(u_BxD, table_RxD)
-        return self.run.model.abra.best(q_BxD, table_RxD, seen_BxM, k)
+        abra = self.run.model.abra
+        more = None if near is None else raised(near, last_BxT, abra.neighbours)
+        return abra.best(q_BxD, table_RxD, seen_BxM, k, more)
 
 
 def _user_axis(states: UserState) -> UserState:

@@ -16,12 +16,12 @@ from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.cold import cold_items
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.data.examples import Splits
-from dynrec_jax.data.neighbours import count_neighbours, read_neighbours, write_neighbours
+from dynrec_jax.data.neighbours import FILE, Neighbours, count_neighbours, read_neighbours, write_neighbours
 from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.models import neighbours
 from dynrec_jax.models.blocks import hidden_width
-from dynrec_jax.models.features import Items, placed, read_items
+from dynrec_jax.models.features import Items, near_of, read_items
 from dynrec_jax.models.model import MODELS, Model
 from dynrec_jax.models.towers.ids import SEEN
 from dynrec_jax.negatives import running_counts, sampling
@@ -101,6 +101,7 @@ def train(
         progress_bar = opened.enter_context(shown)
         checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last, processes, progress_bar.say)
         opened.enter_context(contextlib.closing(checkpoints))
+        _count(config, histories.dataset, folder, processes, progress_bar)
         items = _items(config, histories, folder, processes, progress_bar)
         model = items.model(config)
         made = setup(config, model, mesh, exchange)
@@ -131,7 +132,7 @@ def train(
             if items.text is not None:
                 source = _text_batches(config, source, items, own, processes)
             seen = {} if given.seen_Rx1 is None else {SEEN: given.seen_Rx1}
-            near = _neighbours(config, histories.dataset, folder, mesh, processes, progress_bar)
+            near = _near(config, items, folder, mesh, processes)
             features = {**items.place(mesh), **seen, **near}
             stream = _placed_inputs(source, start, config.data.prefetch, mesh, processes, running, features)
             left = range(start, config.train.steps)
@@ -176,35 +177,39 @@ def _given(
     return Given(place_same(sharding(mesh, "items", None), seen_Rx1), bert, unused)
 
 
-def _neighbours(
+def _count(
     config: ml_collections.ConfigDict,
     dataset: Dataset,
     folder: Path,
-    mesh: Mesh,
     processes: Processes,
     progress: Progress,
-) -> dict[str, jax.Array]:
-    """Neighbours of all items, rows as the table's, where the loss shares targets with them.
+) -> None:
+    """Leaves a file of items that are near each other in the run folder, where the loss or the lists count them.
 
-    Process 0 counts them, of all histories, before the first start's first step, and leaves a file in the run folder.
+    Process 0 counts, of all histories, before the first start's first step.
     """
-    if not config.loss.neighbours:
-        return {}
-    path = folder / "neighbours.safetensors"
 
     def count() -> None:
-        if path.exists():
-            return
         progress.say("counting which items are near each other")
         everybody = Histories(dataset, config.data.cache_dir)
         cold_N = cold_items(dataset.items, config.data.cold_items)
         users_E, items_E, _ = everybody.events_before(make_splits(everybody, config).train_end)
         kept_E = ~cold_N[items_E]
-        write_neighbours(path, count_neighbours(users_E[kept_E], items_E[kept_E], dataset.items))
+        write_neighbours(folder, count_neighbours(users_E[kept_E], items_E[kept_E], dataset.items))
 
-    processes.first_does(count)
-    found = processes.agree(lambda: read_neighbours(path))
-    return placed({neighbours.IDS: found.ids, neighbours.WEIGHTS: found.weights}, mesh)
+    if config.loss.neighbours or config.model.neighbours:
+        processes.first_does(lambda: None if (folder / FILE).exists() else count())
+
+
+def _near(
+    config: ml_collections.ConfigDict, items: Items, folder: Path, mesh: Mesh, processes: Processes
+) -> dict[str, jax.Array]:
+    """Neighbours of all items, rows as the table's, where the loss shares targets with them."""
+    if not config.loss.neighbours:
+        return {}
+    found = processes.agree(lambda: read_neighbours(folder, items.number))
+    near = near_of(Neighbours(*(array[:, : neighbours.TAUGHT] for array in found)), mesh)
+    return {neighbours.IDS: near.ids, neighbours.WEIGHTS: near.weights}
 
 
 def _text_batches(

@@ -70,10 +70,23 @@ def test_equal_neighbours_come_by_their_number():
 
 def test_the_file_gives_them_back_and_says_when_it_is_none(tmp_path: Path):
     found, path = counted(histories(2), 4), tmp_path / "neighbours.safetensors"
-    write_neighbours(path, found)
-    for one, other in zip(read_neighbours(path), found, strict=True):
+    with pytest.raises(DataError, match="counts anew"):
+        read_neighbours(tmp_path, len(found.ids))
+    write_neighbours(tmp_path, found)
+    for one, other in zip(read_neighbours(tmp_path, len(found.ids)), found, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
-    path.write_bytes(path.read_bytes()[:20])
+    longer = read_neighbours(tmp_path, len(found.ids), len(found.ids) + 3)
+    np.testing.assert_array_equal(longer.ids[:-3], found.ids)
+    assert not longer.ids[-3:].any()
+    assert not longer.weights[-3:].any()
+    with pytest.raises(DataError, match="is not what was written there for 2 items"):
+        read_neighbours(tmp_path, 2)
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 1  # of a weight
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match="is not what was written"):
+        read_neighbours(tmp_path, len(found.ids))
+    path.write_bytes(whole[:20])
     with pytest.raises(DataError, match="counts anew"):
-        read_neighbours(path)
+        read_neighbours(tmp_path, len(found.ids))

@@ -11,9 +11,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dynrec_jax.batch import Batch
+from dynrec_jax.data.neighbours import Neighbours
 from dynrec_jax.models import neighbours
-from dynrec_jax.models.features import Items, placed
+from dynrec_jax.models.features import Items, near_of
 from dynrec_jax.models.model import Model
+from dynrec_jax.models.neighbours import Near
 from dynrec_jax.models.towers.ids import ID_TABLE, SEEN
 from dynrec_jax.negatives import running_counts, sampling
 from dynrec_jax.parallel.exchange import Exchange
@@ -38,7 +40,7 @@ TEXT_KEYS: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"model__hops": 1},
-    "neighbours": {"loss__neighbours": 0.4},
+    "neighbours": {"loss__neighbours": 0.4, "model__neighbours": 1.0},
     "sampled": {"loss__kind": "sampled"},
     "popularity": {"loss__kind": "sampled", "loss__sampler": "popularity"},
     "in_batch": {"loss__kind": "sampled", "loss__sampler": "in_batch"},
@@ -85,7 +87,9 @@ def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
     _, shardings = abstract_state(model, tx, rows, mesh)
     seen_Rx1 = texts.seen(ITEMS, mesh) if items.text else None
     state = fresh_state(model, tx, rows, mesh, 3, shardings, Given(seen_Rx1))
-    known = {SEEN: seen_Rx1} if items.text else near(mesh) if kind == "neighbours" else {}
+    known = {SEEN: seen_Rx1} if items.text else {}
+    if kind == "neighbours":
+        known = dict(zip((neighbours.IDS, neighbours.WEIGHTS), near(mesh), strict=True))
     inputs = Inputs(batch, None, known, texts.placed(items, mesh, process))
     state = state._replace(caches=items.encoded(state.params, mesh))
     settings = StepSettings(
@@ -111,13 +115,13 @@ def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
     return {**scalars, **before, **after, "losses": np.array(losses), "ids": ids, "scores": scores}
 
 
-def near(mesh: Mesh) -> dict[str, Any]:
+def near(mesh: Mesh) -> Near:
     """Three neighbours of each item but every fifth, which has none."""
     rng = np.random.default_rng(4)
     there = (np.arange(ITEMS) % 5 > 0)[:, None]
     ids = np.where(there, rng.integers(1, ITEMS + 1, (ITEMS, 3)), 0).astype(np.int32)
     weights = np.where(there, rng.uniform(0.1, 1.0, ids.shape), 0.0).astype(np.float32)
-    return placed({neighbours.IDS: ids, neighbours.WEIGHTS: weights}, mesh)
+    return near_of(Neighbours(ids, weights), mesh)
 
 
 def whole_batch() -> Batch:
@@ -143,13 +147,17 @@ def lists(model: Model, mesh: Mesh, state: Any) -> tuple[np.ndarray, np.ndarray]
     rng = np.random.default_rng(1)
     queries = rng.normal(size=(8, model.abra.width)).astype(np.float32)
     seen = rng.integers(0, ITEMS + 1, (8, 4)).astype(np.int32)
+    last = rng.integers(1, ITEMS + 1, (8, neighbours.LAST)).astype(np.int32)
+    weight = model.abra.neighbours
 
-    def best(tables: Any, queries: Any, seen: Any) -> Any:
-        return model.abra.best(queries, tables[ID_TABLE], seen, LISTED)
+    def best(tables: Any, near: Any, queries: Any, seen: Any, last: Any) -> Any:
+        raised = neighbours.raised(near, last, weight) if weight else None
+        return model.abra.best(queries, tables[ID_TABLE], seen, LISTED, raised)
 
     with jax.set_mesh(mesh):
-        placed = (place_same(sharding(mesh), x) for x in (queries, seen))
-        made = jax.jit(best, out_shardings=sharding(mesh))(state.tables, *placed)
+        placed = (place_same(sharding(mesh), x) for x in (queries, seen, last))
+        known = near(mesh) if weight else None
+        made = jax.jit(best, out_shardings=sharding(mesh))(state.tables, known, *placed)
     ids, scores = (np.asarray(x.addressable_data(0)) for x in made)
     return ids, scores
 

@@ -1,13 +1,14 @@
-"""Shared targets, against the cross-entropy with the whole distribution written out."""
+"""Shared targets, against the cross-entropy with the whole distribution written out; raised scores, against all."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dynrec_jax.models.bstm import Rows
-from dynrec_jax.models.neighbours import IDS, LAST, LESS, WEIGHTS
+from dynrec_jax.models.neighbours import FEW, IDS, LAST, LESS, WEIGHTS, Near, last_items, raised
 from dynrec_jax.models.user_encoder import Moments
 
 from .. import tiny
@@ -75,3 +76,40 @@ def test_histories_in_one_row_do_not_share():
         distribution([5], 2)[2] == 1.0
     )  # item 5 has no neighbours, so that its row's other history would be felt
     assert distribution([3], 8)[8] < 1.0
+
+
+def test_the_last_items_come_newest_first():
+    items = jnp.asarray([[4, 9, 2, 7, 0], [5, 6, 0, 0, 0], [0, 0, 0, 0, 0], [1, 2, 3, 4, 5]])
+    assert last_items(items).tolist() == [[7, 2, 9], [6, 5, 0], [0, 0, 0], [5, 4, 3]]
+    assert last_items(items[:, :1]).tolist() == [[4, 0, 0], [5, 0, 0], [0, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("interests", [1, 3])
+def test_a_list_is_that_of_all_scores_with_the_raised_ones(interests: int):
+    """Short histories, repeated items, items that several of the last ones have as a neighbour, and seen ones."""
+    model, _, tables = tiny.bstm(ITEMS, model__interests=interests, model__neighbours=0.7)
+    abra, table = model.abra, tables["item_id"]
+    rng = np.random.default_rng(1)
+    last = rng.integers(1, ITEMS + 1, (40, LAST)).astype(np.int32)
+    last[:5, 1:], last[5:9, 2:], last[9:14, 1] = 0, 0, last[9:14, 0]
+    last[14] = 0  # of nobody
+    seen = rng.integers(0, ITEMS + 1, (40, 4)).astype(np.int32)
+    q = jnp.asarray(rng.normal(size=(40, abra.width)).astype(np.float32))
+    counts = near()
+    found = raised(Near(counts[IDS], counts[WEIGHTS]), jnp.asarray(last), abra.neighbours)
+    ids, scores = abra.best(q, table, jnp.asarray(seen), 10, found)
+    plain, _ = abra.best(q, table, jnp.asarray(seen), 10)
+
+    expected = np.array(abra.logits(q, table), np.float64)[:, : ITEMS + 1]
+    for user, items in enumerate(last):
+        total = np.zeros(ITEMS + 1)
+        for back, item in enumerate(items):
+            if item:
+                np.add.at(total, counts[IDS][item], LESS**back * counts[WEIGHTS][item])
+        expected[user] += 0.7 * np.log(1 + total / FEW)
+        expected[user, [0, *seen[user]]] = -np.inf
+    order = np.argsort(-expected, axis=1, kind="stable")[:, :10]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_allclose(scores, np.take_along_axis(expected, order, axis=1), rtol=1e-5, atol=1e-6)
+    assert (np.asarray(plain) != order).any(axis=1).sum() > 30
+    np.testing.assert_array_equal(plain[14], order[14])

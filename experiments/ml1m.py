@@ -17,6 +17,8 @@ CHANGES = {
     "backward": {"model.backward_weight": 0.5},
     "hops": {"model.hops": 1},
     "interests": {"model.interests": 4},
+    # What is served: the model alone, without counts.
+    "alone": {"model.neighbours": 0.0},
     # The loss.
     "sampled": {"loss.kind": "sampled", "loss.negatives": 512},
     "gbce": {"loss.kind": "gbce", "loss.negatives": 512},
@@ -45,6 +47,7 @@ def get_config(change=""):
     c.model.heads = 1
     c.model.positions = "relative"
     c.model.dropout = 0.3
+    c.model.neighbours = 1.0
     c.model.backward_weight = 0.0
     c.train.steps = 1_500
     c.train.learning_rate = 6e-3

@@ -1,4 +1,4 @@
-r"""Amazon Beauty (2014, 5-core): 22,363 users, 12,101 items, short histories, no times.
+r"""Amazon Beauty (2014, 5-core): 22,363 users, 12,101 items, short histories, no times; 15 min of a core.
 
     dynrec prepare --source=sequences:sequences.txt --items=item2attributes.json --out=data/beauty
     dynrec train --config=experiments/beauty.py --config.seed=0 --workdir=runs/beauty/seed0
@@ -23,8 +23,11 @@ CHANGES = {
     # The loss.
     "sampled": {"loss.kind": "sampled", "loss.negatives": 512, "loss.neighbours": 0.0},
     "gbce": {"loss.kind": "gbce", "loss.negatives": 512, "loss.neighbours": 0.0},
-    "alone": {"loss.neighbours": 0.0},
     "normalised": {"model.normalise": True, "model.temperature": 0.005},
+    # What counts of neighbours are worth: in both places, as what the loss teaches, and in what is served.
+    "alone": {"loss.neighbours": 0.0, "model.neighbours": 0.0},
+    "untaught": {"loss.neighbours": 0.0},
+    "unserved": {"model.neighbours": 0.0},
     # The encoder.
     "seed": {"model.block": "seed"},
     "hstu": {"model.block": "hstu"},
@@ -32,8 +35,9 @@ CHANGES = {
     "absolute": {"model.positions": "absolute"},
     # What is read.
     "augmented": {"data.augmented": 0.5, "data.drop": 0.2, "data.reorder": 2},
-    # The weights as the last step left them.
+    # The weights as the last step left them; and the width of most published models.
     "plain": {"train.average": 0.0},
+    "narrow": {"model.dim": 64},
 }
 
 
@@ -43,15 +47,17 @@ def get_config(change=""):
     c = default_config()
     c.dataset = "data/beauty"
     c.data.max_length = 50
+    c.model.dim = 192
     c.model.heads = 4
     c.model.positions = "relative"
     c.model.backward_weight = 0.0
-    c.model.dropout = 0.4
+    c.model.dropout = 0.5
+    c.model.neighbours = 1.0
     c.loss.neighbours = 0.2
     c.train.batch_size = 256
     c.train.steps = 1_050
-    c.train.learning_rate = 2e-2
-    c.train.weight_decay = 0.3
+    c.train.learning_rate = 1e-2
+    c.train.weight_decay = 0.7
     c.train.average = 0.98
     c.train.checkpoint_every = 350
     c.train.evaluate_every = 175

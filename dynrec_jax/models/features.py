@@ -50,6 +50,7 @@ class Items:
     event_types: tuple[str, ...] = ()
     neighbours: Neighbours | None = None
     _placed: dict[Mesh, dict[str, Array]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _near: dict[Mesh, Near] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def model(self, config: ml_collections.ConfigDict) -> Model:
         """The model of a config over these items."""
@@ -64,8 +65,12 @@ class Items:
         return self._placed[mesh]
 
     def near(self, mesh: Mesh) -> Near | None:
-        """Neighbours of all items, on the devices, where what is served counts them."""
-        return None if self.neighbours is None else near_of(self.neighbours, mesh)
+        """Neighbours of all items, on the devices, which hold them once, where what is served counts them."""
+        if self.neighbours is None:
+            return None
+        if mesh not in self._near:
+            self._near[mesh] = near_of(self.neighbours, mesh)
+        return self._near[mesh]
 
     def encoded(self, params: Any, mesh: Mesh, into: dict[str, Array] | None = None) -> dict[str, Array]:
         """Vectors of all texts by the BERT that is trained, [R, E]; empty where none is.

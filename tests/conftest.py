@@ -1,11 +1,8 @@
-"""Set before JAX starts: CPU alone, eight simulated devices, no silent rank promotion, each program compiled once."""
+"""Set before JAX starts: CPU alone, eight simulated devices, no silent rank promotion, nothing cached."""
 
-import atexit
 import io
 import os
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +17,7 @@ PLATFORM = os.environ.get("DYNREC_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-# What one test compiled, the others find, those in other processes too: a folder of this session's, made by the first.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dynrec-compiled-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 if PLATFORM == "cpu":
     # Tiny programs that run once: they are compiled quickly, not well, which takes half the time and less.
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

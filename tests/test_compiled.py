@@ -27,15 +27,12 @@ PROGRAM = bytes(range(256)) * 20
 
 @pytest.fixture
 def jax_may_keep() -> Iterator[None]:
-    """JAX's cache as a user has it; `conftest` tells it a folder."""
-    worth, folder = (
-        jax.config.jax_persistent_cache_min_compile_time_secs,
-        jax.config.jax_compilation_cache_dir,
-    )
-    jax.config.update("jax_compilation_cache_dir", None)
+    """JAX's cache as a user has it; `conftest` turns it off."""
+    worth = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", worth)
     compilation_cache.reset_cache()
 

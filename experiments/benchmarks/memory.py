@@ -24,6 +24,7 @@ from dynrec_jax.config import default_config
 from dynrec_jax.evaluate.recommender import Recommender
 from dynrec_jax.models.bstm import Bstm
 from dynrec_jax.models.model import MODELS
+from dynrec_jax.models.neighbours import LAST
 from dynrec_jax.parallel.mesh import make_mesh
 from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.loop import step_arguments
@@ -73,7 +74,7 @@ def lists_bytes(config: ml_collections.ConfigDict, items: int, users: int) -> in
         history = model.sight.shapes(users, config.data.max_length, shape)
         read = recommender._encode.lower(params, vectors_RxD, history)
         rank = recommender._rank.lower(
-            shape(users, config.model.dim, dtype=jnp.float32),
+            (shape(users, config.model.dim, dtype=jnp.float32), shape(users, LAST)),
             vectors_RxD,
             shape(users, SEEN),
         )

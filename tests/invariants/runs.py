@@ -80,9 +80,10 @@ class Server:
 def serving(folder: Path) -> Iterator[Server]:
     """A server whose commands keep what they compile in `folder`, on one CPU device, killed or not."""
     environment = {
-        **{key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"},
+        **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
     }
     pipe = subprocess.PIPE
     with subprocess.Popen(

@@ -15,9 +15,7 @@ QUICK = [
     ("full", (2, 2, 2)),
     ("sampled", (8, 1, 1)),
     ("together", (2, 2, 2)),
-    ("gbce", (1, 8, 1)),
     ("text", (2, 2, 2)),
-    ("timed", (2, 2, 2)),
     ("neighbours", (2, 2, 2)),
 ]
 MESHES = [
@@ -26,7 +24,7 @@ MESHES = [
     for sizes in ALL
     if kind != "together" or sizes == (2, 2, 2)  # its parts have four rows
 ]
-SLICES = ["full", pytest.param("popularity", marks=pytest.mark.slow), "in_batch"]
+SLICES = ["full", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("popularity", "in_batch"))]
 
 
 @functools.cache

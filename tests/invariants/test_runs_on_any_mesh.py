@@ -191,10 +191,13 @@ def test_a_run_is_the_same_on_eight_devices(runs: Runs, name: str):
     assert_same_run(runs[name], runs["1"])
 
 
+# The same of single steps is compared in test_mesh.py by default.
+@pytest.mark.slow
 def test_a_run_is_the_same_in_two_processes(runs: Runs, in_two_processes: Ran):
     assert_same_run(in_two_processes, runs["1"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_scored_on_one_device(in_two_processes: Ran, tmp_path: Path):
     run = in_two_processes
     _, _, score = commands(tmp_path, "lists", Path(), (1, 1, 1))
@@ -204,7 +207,8 @@ def test_a_checkpoint_of_two_processes_is_scored_on_one_device(in_two_processes:
     assert_same_lists(lists, run.lists)
 
 
-@pytest.mark.parametrize("name", ["2x2x2", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["2x2x2", "1"])
 def test_a_run_in_two_processes_is_gone_on_with_elsewhere(
     runs: Runs, in_two_processes: Ran, prepared: tuple[Path, Path], tmp_path: Path, name: str
 ):

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, *arguments: str) -> None:
-    other = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR")
-    environment = {key: value for key, value in os.environ.items() if key not in other}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_DISABLE_MOST")}
     environment |= {
         "PYTHONPATH": str(ROOT),
         "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
     }
     command = [sys.executable, "-m", "dynrec_jax", *arguments]
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=3000)

@@ -20,7 +20,14 @@ from typing import IO, Any, TypeVar
 import optuna
 import sqlalchemy
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.pool import NullPool
 
 from dynrec_jax.errors import ConfigError, MachineError, one_line
@@ -84,14 +91,13 @@ class Storage:
         self._hold = hold
         try:
             self._engine = sqlalchemy.create_engine(self.url, poolclass=NullPool, connect_args=arguments)
-            with self.locked(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                optuna.logging.set_verbosity(optuna.logging.WARNING)
-                database = optuna.storages.RDBStorage(
-                    self.url.render_as_string(hide_password=False),
-                    engine_kwargs={"connect_args": arguments, "poolclass": NullPool},
-                )
-                self.trials = optuna.storages.get_storage(database)  # which remembers trials that have ended
+            try:
+                self.trials = self._tables(arguments)
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                # It answered, and gave the lock to others because this process stood still for too long.
+                self.trials = self._tables(arguments)
         except ImportError:
             extra = EXTRAS[self._kind]
             raise ConfigError(
@@ -103,6 +109,17 @@ class Storage:
                 f"--storage={self}: cannot be opened ({one_line(cause)}); expected a database that answers and that "
                 "you may write to"
             ) from None
+
+    def _tables(self, arguments: dict[str, Any]) -> optuna.storages.BaseStorage:
+        """Optuna's view of the tables, which are made where they are not there."""
+        with self.locked(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
+            database = optuna.storages.RDBStorage(
+                self.url.render_as_string(hide_password=False),
+                engine_kwargs={"connect_args": arguments, "poolclass": NullPool},
+            )
+            return optuna.storages.get_storage(database)  # which remembers trials that have ended
 
     def __str__(self) -> str:
         return shown(self.url)

@@ -6,7 +6,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import optuna
 import pytest
 import sqlalchemy
 from sqlalchemy.exc import OperationalError
@@ -171,3 +173,20 @@ def test_a_process_that_is_stopped_while_it_holds_the_lock_stops_nobody_else(
                 assert time.monotonic() - began < 30
         finally:
             holder.kill()
+
+
+def test_whoever_stands_still_while_it_opens_a_database_opens_it_again(
+    postgres_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = [1.8, 0.0]
+
+    class Late(optuna.storages.RDBStorage):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            time.sleep(slow.pop(0))  # the lock is held for one second, and then taken away
+            super().__init__(*arguments, **named)
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", Late)
+    storage = Storage(postgres_address, hold=1.0)
+    assert slow == []
+    with storage.locked():
+        assert storage.trials.get_all_studies() is not None

@@ -34,7 +34,7 @@ def growth(used: dict[tuple[int, int], int], batch: int) -> int:
     return used[MANY, batch] - used[FEW, batch]
 
 
-@pytest.mark.parametrize(("parts", "most"), [(1, 3.01), (2, 4.01)])
+@pytest.mark.parametrize(("parts", "most"), [(1, 3.01), pytest.param(2, 4.01, marks=pytest.mark.slow)])
 def test_a_step_with_the_full_softmax_holds_gradients_of_the_table_and_nothing_else_of_its_size(
     benchmark, parts: int, most: float
 ):

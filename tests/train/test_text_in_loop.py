@@ -112,7 +112,7 @@ def by_position(kind: str, before: Any, old: np.ndarray) -> Any:
     ("kind", "accumulation", "sizes"),
     [
         ("full", 1, (8, 16)),
-        ("sampled", 2, (16, 16)),
+        pytest.param("sampled", 2, (16, 16), marks=pytest.mark.slow),
         pytest.param("full", 2, (24, 32), marks=pytest.mark.slow),
     ],
 )

@@ -1,7 +1,7 @@
 """The run folder: written by training, opened by everything after it, on any machine.
 
 `config.json` (the resolved config), `run.json` (the dataset's place and fingerprint, package versions),
-`metrics.jsonl`, `checkpoints/`, `evaluation/`.
+`metrics.jsonl`, `checkpoints/`, `evaluation/`; `neighbours.safetensors` where counts of neighbours are used.
 """
 
 import contextlib

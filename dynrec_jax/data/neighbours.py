@@ -1,4 +1,4 @@
-"""Which items are near each other in the histories that train: counts, for a loss that learns from them too."""
+"""Which items are near each other in the histories that train: counts, for the loss and for what is served."""
 
 import hashlib
 from pathlib import Path
@@ -92,9 +92,7 @@ def read_neighbours(folder: Path, items: int, rows: int | None = None) -> Neighb
     return Neighbours(*(np.pad(array, more) for array in found))
 
 
-_AGAIN = (
-    "remove it, and give the run's own `dynrec train` command again: it counts anew and trains no step twice"
-)
+_AGAIN = "give the run's own `dynrec train` command again without that file: it counts anew and trains no step twice"
 
 
 def _digest(found: Neighbours) -> str:

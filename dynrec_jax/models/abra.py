@@ -101,7 +101,8 @@ class Abra:
     def recommend(self, u_BxD: Array, table_RxD: Array, seen_BxM: Array, k: int) -> Recommendation:
         """Top k of the attention, without the items of `seen` (int32[B, M], 0 names none).
 
-        `table` holds the catalogue's vectors as `unit` gives them.
+        `table` holds the catalogue's vectors as `unit` gives them. It is the attention alone: counts of neighbours come
+        in where lists are made for users (`evaluate.recommender`, `score.live`).
         """
         q_BxD = self.query(u_BxD, table_RxD)
         ids_BxK, scores_BxK = self.best(q_BxD, table_RxD, seen_BxM, k)

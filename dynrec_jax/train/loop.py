@@ -207,7 +207,9 @@ def _near(
     """Neighbours of all items, rows as the table's, where the loss shares targets with them."""
     if not config.loss.neighbours:
         return {}
-    found = processes.agree(lambda: read_neighbours(folder, items.number))
+    found = items.neighbours
+    if found is None:  # what is served does not count them
+        found = processes.agree(lambda: read_neighbours(folder, items.number))
     near = near_of(Neighbours(*(array[:, : neighbours.TAUGHT] for array in found)), mesh)
     return {neighbours.IDS: near.ids, neighbours.WEIGHTS: near.weights}
 

@@ -41,7 +41,7 @@ def test_what_trains_is_counted_and_kept_for_the_next_start(tmp_path: Path):
 
 def test_what_is_served_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Lists against every item's score written out: the model's, and what the neighbours add."""
-    made = make(tmp_path, model__neighbours=2.0)
+    made = make(tmp_path, model__neighbours=2.0, loss__neighbours=0.3)
     assert (
         dynrec("score", "filter_seen", workdir=made.workdir, out=tmp_path / "lists", k=5, split="test") == 0
     )

@@ -45,5 +45,5 @@ PYTHON
 )
 
 echo "launch: pytest"
-# A process a core; a file's tests stay together, so that its fixtures are made once.
-python -m pytest -n auto --dist loadfile "${markers[@]}" "$@"
+# A process a core; a file's tests stay together, so that its fixtures are made once, in the order of tests/conftest.py.
+python -m pytest -n auto --dist loadfile --no-loadscope-reorder "${markers[@]}" "$@"

@@ -18,6 +18,7 @@ from dynrec_jax.config_checks import (
     flattened,
     needs_times,
     plain,
+    serves_neighbours,
     tunes_text,
     validate,
 )
@@ -25,7 +26,7 @@ from dynrec_jax.errors import ConfigError
 
 __all__ = [
     "CHOICES", "FREE_ON_RESUME", "default_config", "describes_items", "difference", "flat", "from_json", "needs_times",
-    "to_json", "tunes_text", "validate",
+    "serves_neighbours", "to_json", "tunes_text", "validate",
 ]  # fmt: skip
 
 # Keys that may change between a run and its continuation: they move the work, not the result.
@@ -95,6 +96,9 @@ def default_config() -> ml_collections.ConfigDict:
     # Weight of counts in what is served: items that were near the user's last ones in the histories that train are
     # scored higher, by this times log(1 + 10 · their weight). It changes nothing in training.
     c.model.neighbours = 0.0
+    # In what is served, an item's vector is drawn to the mean of its neighbours', as if that had been seen in so many
+    # events of the item: the rarer it is, the more. It changes nothing in training.
+    c.model.shrinkage = 0.0
     c.model.forward_weight = 1.0  # of the traversal that predicts the next item
     c.model.backward_weight = 0.5  # of the traversal that predicts the previous item; 0 leaves it out
     c.model.dtype = "float32"  # of activations and matrix products; parameters stay float32

@@ -100,7 +100,8 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     )
     _at_least(config, 0, "mesh.slices", "model.attention_window")
     _within(config, 1, 2**16, "model.time_buckets")
-    _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops", "model.neighbours")
+    _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops")
+    _at_least(config, 0, "model.neighbours", "model.shrinkage")
     _within(config, 0, 2**32 - 1, "seed")
     _within(
         config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2", "train.average"
@@ -188,6 +189,11 @@ def needs_times(config: ml_collections.ConfigDict) -> bool:
 def describes_items(config: ml_collections.ConfigDict) -> bool:
     """Whether items are more than their ids."""
     return bool(config.item.fusion != "id")
+
+
+def serves_neighbours(config: ml_collections.ConfigDict) -> bool:
+    """Whether what is served depends on which items are near each other in the histories that train."""
+    return bool(config.model.neighbours or config.model.shrinkage)
 
 
 def tunes_text(config: ml_collections.ConfigDict) -> bool:

@@ -24,10 +24,11 @@ CHANGES = {
     "sampled": {"loss.kind": "sampled", "loss.negatives": 512, "loss.neighbours": 0.0},
     "gbce": {"loss.kind": "gbce", "loss.negatives": 512, "loss.neighbours": 0.0},
     "normalised": {"model.normalise": True, "model.temperature": 0.005},
-    # What counts of neighbours are worth: in both places, as what the loss teaches, and in what is served.
-    "alone": {"loss.neighbours": 0.0, "model.neighbours": 0.0},
+    # What counts of neighbours are worth: in all places, as what the loss teaches, and in what is served.
+    "alone": {"loss.neighbours": 0.0, "model.neighbours": 0.0, "model.shrinkage": 0.0},
     "untaught": {"loss.neighbours": 0.0},
-    "unserved": {"model.neighbours": 0.0},
+    "unserved": {"model.neighbours": 0.0, "model.shrinkage": 0.0},
+    "unshrunk": {"model.shrinkage": 0.0},
     # The encoder.
     "seed": {"model.block": "seed"},
     "hstu": {"model.block": "hstu"},
@@ -47,12 +48,14 @@ def get_config(change=""):
     c = default_config()
     c.dataset = "data/beauty"
     c.data.max_length = 50
+    c.data.windows = "last"
     c.model.dim = 192
     c.model.heads = 4
     c.model.positions = "relative"
     c.model.backward_weight = 0.0
     c.model.dropout = 0.5
     c.model.neighbours = 1.0
+    c.model.shrinkage = 3.0
     c.loss.neighbours = 0.2
     c.train.batch_size = 256
     c.train.steps = 1_050
@@ -61,5 +64,6 @@ def get_config(change=""):
     c.train.average = 0.98
     c.train.checkpoint_every = 350
     c.train.evaluate_every = 175
+    c.train.patience = 0
     c.update_from_flattened_dict(CHANGES[change])
     return c

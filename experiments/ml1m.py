@@ -48,11 +48,14 @@ def get_config(change=""):
     c.model.positions = "relative"
     c.model.dropout = 0.3
     c.model.neighbours = 1.0
+    c.model.shrinkage = 0.0
     c.model.backward_weight = 0.0
     c.train.steps = 1_500
     c.train.learning_rate = 6e-3
+    c.train.weight_decay = 0.01
     c.train.average = 0.99
     c.train.checkpoint_every = 150
     c.train.evaluate_every = 150
+    c.train.patience = 0
     c.update_from_flattened_dict(CHANGES[change])
     return c

@@ -29,7 +29,9 @@ if PLATFORM == "cpu":
     QUICK = "--xla_cpu_use_fusion_emitters=false"
     if "PYTEST_XDIST_WORKER" not in os.environ and QUICK not in os.environ.get("XLA_FLAGS", ""):
         asked = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()}
-        known = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=asked, capture_output=True)
+        known = subprocess.run(
+            [sys.executable, "-c", "import jax; jax.devices()"], env=asked, capture_output=True
+        )
         if known.returncode == 0:
             os.environ["XLA_FLAGS"] = asked["XLA_FLAGS"]
 # Tracing leaves much garbage, and to look for it often takes a tenth of the time.
@@ -39,7 +41,10 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 PEAK = 1e12
-LONG = ("invariants", "sweep")  # folders of the longest tests, which begin first so that none is waited for at the end
+LONG = (
+    "invariants",
+    "sweep",
+)  # folders of the longest tests, which begin first so that none is waited for at the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

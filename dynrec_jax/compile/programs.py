@@ -81,14 +81,14 @@ def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan
             f"config.item.fusion: {config.item.fusion!r} needs a dataset's items, and a plan has none; use id for the "
             "part of users and ids, and add what towers hold of each item, and BERT with its activations"
         )
-    for key, more in (
-        ("loss", "24 item vectors of each event of a batch"),
-        ("model", "512 bytes an item, over the devices"),
+    for key, value, more in (
+        ("loss.neighbours", config.loss.neighbours, "24 item vectors of each event of a batch"),
+        ("model.neighbours", config.model.neighbours, "516 bytes an item, over the devices"),
+        ("model.shrinkage", config.model.shrinkage, "516 bytes and a vector an item, over the devices"),
     ):
-        if config[key].neighbours:
+        if value:
             raise ConfigError(
-                f"config.{key}.neighbours: {config[key].neighbours} needs counts of histories, and a plan has none; "
-                f"use 0, and add {more}"
+                f"config.{key}: {value} needs counts of histories, and a plan has none; use 0, and add {more}"
             )
     # Without a dataset, types are those that the config names.
     model = make_bstm(config, items, event_types=named_types(config))

@@ -26,10 +26,12 @@ class Neighbours(NamedTuple):
     Attributes:
       ids: int32[N, M], the nearest first; 0 where there are no more.
       weights: float32[N, M]; 0 there.
+      events: int32[N], of the item itself.
     """
 
     ids: np.ndarray
     weights: np.ndarray
+    events: np.ndarray
 
 
 def count_neighbours(users_E: np.ndarray, items_E: np.ndarray, items: int, most: int = MOST) -> Neighbours:
@@ -51,13 +53,16 @@ def count_neighbours(users_E: np.ndarray, items_E: np.ndarray, items: int, most:
         kept = (users_E[:-places] == users_E[places:]) & (first != second)
         weight = np.full(int(kept.sum()), FADE ** (places - 1))
         after = after + sparse.coo_matrix((weight, (first[kept], second[kept])), shape=after.shape).tocsr()
-    events = np.maximum(np.bincount(items_E, minlength=items + 1), 1).astype(np.float64)
+    own = np.bincount(items_E, minlength=items + 1)
+    events = np.maximum(own, 1).astype(np.float64)
     near = (sparse.diags(events**-OWN) @ (after + BACK * after.T) @ sparse.diags(events**-OTHER)).tocsr()
     rows = np.repeat(np.arange(items + 1), np.diff(near.indptr))
     order = np.lexsort((near.indices, -near.data, rows))
     place = np.arange(len(order)) - near.indptr[rows]  # rows are in order as they were
     chosen, place = order[place < most], place[place < most]
-    made = Neighbours(np.zeros((items, most), np.int32), np.zeros((items, most), np.float32))
+    made = Neighbours(
+        np.zeros((items, most), np.int32), np.zeros((items, most), np.float32), own[1:].astype(np.int32)
+    )
     made.ids[rows[chosen] - 1, place] = near.indices[chosen]
     made.weights[rows[chosen] - 1, place] = near.data[chosen]
     return made
@@ -88,8 +93,8 @@ def read_neighbours(folder: Path, items: int, rows: int | None = None) -> Neighb
         raise DataError(f"{path}: {error}; {_AGAIN}") from None
     if about.get("sha256") != _digest(found) or len(found.ids) != items:
         raise DataError(f"{path}: is not what was written there for {items:,} items; {_AGAIN}")
-    more = (0, (items if rows is None else rows) - items), (0, 0)
-    return Neighbours(*(np.pad(array, more) for array in found))
+    more = (0, (items if rows is None else rows) - items)
+    return Neighbours(*(np.pad(array, (more, *((0, 0),) * (array.ndim - 1))) for array in found))
 
 
 _AGAIN = "give the run's own `dynrec train` command again without that file: it counts anew and trains no step twice"

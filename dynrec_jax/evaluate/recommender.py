@@ -21,7 +21,7 @@ from dynrec_jax.data.cache import Histories, Windows
 from dynrec_jax.errors import NonFiniteError
 from dynrec_jax.models.features import Items, described_rows
 from dynrec_jax.models.model import Model
-from dynrec_jax.models.neighbours import Near, last_items, raised
+from dynrec_jax.models.neighbours import Near, Raised, last_items, raised, shrunk
 from dynrec_jax.models.towers.ids import ID_TABLE
 from dynrec_jax.parallel.mesh import Feed, feed, own_rows, place_rows, place_same
 from dynrec_jax.parallel.processes import ALONE, Processes
@@ -122,6 +122,7 @@ class Recommender:
         self.own: Feed = feed(mesh, processes.index)
         self._batch_size = -(-batch_size // (self.own.parts * self.own.pieces)) * self.own.pieces
         self._catalogue = jax.jit(self._item_vectors)
+        self._shrunk = jax.jit(lambda vectors_RxD, near: shrunk(vectors_RxD, near, model.shrinkage))
         self._ready = jax.jit(model.ready)
         self._finite = jax.jit(lambda table_RxD: jnp.isfinite(table_RxD).all())
         self._encode = jax.jit(self._user_vectors)
@@ -142,7 +143,7 @@ class Recommender:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         u_BxD, last_BxT = read
         q_BxD = self._model.abra.query(u_BxD, table_RxD)
-        more = None if near is None else raised(near, last_BxT, self._model.abra.neighbours)
+        more = self.raised(near, last_BxT)
         ids, scores = self._model.abra.best(q_BxD, table_RxD, seen_BxM, self.k, more)
         finite = jnp.isfinite(q_BxD).all() & ~jnp.isnan(scores).any()
         return constrain(ids, "batch", None), constrain(scores, "batch", None), finite
@@ -164,7 +165,7 @@ class Recommender:
           NonFiniteScores: an item vector is not finite; the function raises it for users' vectors and scores.
         """
         vectors_RxD, table_RxD = self.vectors(params, tables)
-        near = self._items.near(self.mesh)
+        near = self.near
         with jax.set_mesh(self.mesh):
             if not bool(self._finite(table_RxD)):
                 raise NonFiniteScores("item vectors are not finite")
@@ -174,6 +175,15 @@ class Recommender:
 
         return functools.partial(self.run, batch)
 
+    @property
+    def near(self) -> Near | None:
+        """Neighbours of all items, where they raise scores."""
+        return self._items.near(self.mesh) if self._model.abra.neighbours else None
+
+    def raised(self, near: Near | None, last_BxT: Any) -> Raised | None:
+        """What the neighbours of some users' last items raise; None where `near` is."""
+        return None if near is None else raised(near, last_BxT, self._model.abra.neighbours)
+
     def vectors(self, params: Any, tables: Any) -> tuple[jax.Array, jax.Array]:
         """Item vectors [R, D], as the user encoder reads them and as ABRA scores them; often the same array."""
         if self._model.rows_are_vectors:
@@ -182,6 +192,9 @@ class Recommender:
             known = {**self._items.place(self.mesh), **self._items.encoded(params, self.mesh)}
             with jax.set_mesh(self.mesh):
                 vectors_RxD = self._catalogue(params, tables, known)
+        if self._model.shrinkage and (near := self._items.near(self.mesh)) is not None:
+            with jax.set_mesh(self.mesh):
+                vectors_RxD = self._shrunk(vectors_RxD, near)
         if not self._model.normalises:
             return vectors_RxD, vectors_RxD
         with jax.set_mesh(self.mesh):

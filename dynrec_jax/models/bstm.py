@@ -96,6 +96,7 @@ class Bstm:
       backward_weight: weight of the backward traversal; 0 leaves it out.
       alignment: weight of telling an item's id by its other vector.
       neighbours: share of a forward target that goes to the neighbours of the user's last items.
+      shrinkage: events of an item that the mean of its neighbours' vectors counts as much as, in what is served.
       event_weights: of targets by their event type, E + 1 of them; empty where all weigh the same.
       shapes: of what describes an item besides its id: name, width and type.
       text: BERT, where it is trained with the rest.
@@ -111,6 +112,7 @@ class Bstm:
     backward_weight: float
     alignment: float = 0.0
     neighbours: float = 0.0
+    shrinkage: float = 0.0
     event_weights: tuple[float, ...] = ()
     shapes: tuple[tuple[str, int, str], ...] = ()
     text: TextEncoder | None = None

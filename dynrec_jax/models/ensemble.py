@@ -64,6 +64,11 @@ class Ensemble:
         """See `Bstm`."""
         return self.id.normalises
 
+    @property
+    def shrinkage(self) -> float:
+        """See `Bstm`."""
+        return self.id.shrinkage
+
     rows_are_vectors = False
 
     @property

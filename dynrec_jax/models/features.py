@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
 
-from dynrec_jax.config import describes_items, tunes_text
+from dynrec_jax.config import describes_items, serves_neighbours, tunes_text
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.data.neighbours import Neighbours, read_neighbours
 from dynrec_jax.models.encode import encode_items
@@ -40,7 +40,7 @@ class Items:
       text: what BERT reads, where it is trained with the rest; otherwise None.
       say: is told how far long work is.
       event_types: names of the events' types, by index from 1.
-      neighbours: which items are near each other, where what is served counts it.
+      neighbours: which items are near each other, where what is served depends on it.
     """
 
     number: int
@@ -65,7 +65,7 @@ class Items:
         return self._placed[mesh]
 
     def near(self, mesh: Mesh) -> Near | None:
-        """Neighbours of all items, on the devices, which hold them once, where what is served counts them."""
+        """Neighbours of all items, on the devices, which hold them once, where what is served depends on them."""
         if self.neighbours is None:
             return None
         if mesh not in self._near:
@@ -114,7 +114,7 @@ def read_items(
     """
     types = tuple(dataset.event_types)
     near = None
-    if config.model.neighbours and folder is not None:
+    if serves_neighbours(config) and folder is not None:
         near = read_neighbours(folder, dataset.items, dataset.items + (0 if new is None else new.num_rows))
     if not describes_items(config):
         return Items(dataset.items, event_types=types, neighbours=near)
@@ -143,7 +143,7 @@ def _programs(rows: int, width: int, mesh: Mesh) -> tuple[Callable[[], Array], C
 
 def near_of(neighbours: Neighbours, mesh: Mesh) -> Near:
     """Neighbours of all items, on the devices as the rows of item tables are."""
-    return Near(*(_place(Values(array), len(array), mesh) for array in neighbours))
+    return Near(*(_place(Values(array.reshape(len(array), -1)), len(array), mesh) for array in neighbours))
 
 
 def _place(values: Values, number: int, mesh: Mesh) -> Array:

@@ -106,6 +106,7 @@ def _bstm(
         backward_weight=m.backward_weight,
         alignment=config.loss.alignment,
         neighbours=config.loss.neighbours,
+        shrinkage=m.shrinkage,
         event_weights=target_weights(config, event_types),
         shapes=tuple((name, width, kind) for tower in towers for name, width, kind in tower.shapes),
         text=text,

@@ -1,7 +1,7 @@
 """What other histories say, beside what the model has learned of them: items that were near the user's last ones.
 
 A table of D numbers an item generalises, and cannot hold which items follow which where few did; counts
-(`data.neighbours`) hold just that. They come in twice, each by a setting of its own:
+(`data.neighbours`) hold just that. They come in three times, each by a setting of its own:
 
 - In the loss, `shared_targets`: the softmax is against a mixture of items instead of one. Label smoothing (Szegedy et
   al. 2016) gives a part of the target's probability to all items alike; here it goes to the neighbours, by their
@@ -10,6 +10,7 @@ A table of D numbers an item generalises, and cannot hold which items follow whi
 - In what is served, `raised`: the neighbours' scores are raised by `weight · log(1 + h_i / FEW)`, h being what their
   counts add up to. It is the interpolation of a model with a memory that language models know (kNN-LM, Khandelwal et
   al. 2020), of scores instead of probabilities, so that nothing needs the softmax's sum.
+- In what is served, `shrunk`: vectors of items that were seen a few times are drawn to those of their neighbours.
 """
 
 from typing import NamedTuple
@@ -19,13 +20,14 @@ import jax.numpy as jnp
 
 from dynrec_jax.batch import PAD
 from dynrec_jax.models.towers.tower import Described
+from dynrec_jax.parallel.rules import constrain
 from dynrec_jax.parallel.table import lookup
 
 Array = jax.Array
 IDS, WEIGHTS = "neighbour_ids", "neighbour_weights"  # names of what the devices hold of each item
 LAST = 3  # last items of a history whose neighbours count
 LESS = 0.8  # what each earlier one of them counts beside the one after it
-TAUGHT = 24  # neighbours of each, the nearest, that the loss knows: each is a vector of each position
+TAUGHT = 24  # neighbours of each, the nearest, whose vectors are looked up: in the loss, of each position
 FEW = 0.1  # what counts add up to where they begin to tell: about as much as one neighbour of the last item alone
 
 
@@ -35,10 +37,12 @@ class Near(NamedTuple):
     Attributes:
       ids: int32[R, M]; 0 where an item has no more.
       weights: float32[R, M]; 0 there.
+      events: int32[R, 1], of the item itself.
     """
 
     ids: Array
     weights: Array
+    events: Array
 
 
 class Raised(NamedTuple):
@@ -109,3 +113,31 @@ def raised(near: Near, last_BxT: Array, weight: float) -> Raised:
     first_BxC = jnp.argmax(same_BxCxC, axis=-1) == jnp.arange(ids_BxC.shape[1])[None, :]
     there_BxC = first_BxC & (total_BxC > 0)
     return Raised(jnp.where(there_BxC, ids_BxC, PAD), weight * jnp.log1p(total_BxC / FEW))
+
+
+def shrunk(vectors_RxD: Array, near: Near, events: float) -> Array:
+    """Item vectors, each drawn to the mean of its neighbours' by how few events it had, `[R, D]`.
+
+    `v_i ← (n_i v_i + κ m_i) / (n_i + κ)`, m_i being the mean of i's nearest `TAUGHT` neighbours by their weights: what
+    is best for many means of which each was measured a few times (empirical Bayes; Efron & Morris 1975), where the
+    prior's mean is the neighbours'. An item without neighbours keeps its vector.
+
+    Args:
+      vectors_RxD: of all items.
+      near: of all items.
+      events: κ, how many events of an item its neighbours count as much as.
+    """
+
+    def add(sum_RxD: Array, each: tuple[Array, Array]) -> tuple[Array, None]:
+        ids_R, weight_R = each
+        found_RxD = constrain(lookup(vectors_RxD, ids_R[:, None])[:, 0], "items", None)
+        return sum_RxD + weight_R[:, None] * found_RxD, None
+
+    # One neighbour of all items at a time: all at once would be as many tables.
+    ids_MxR, weight_MxR = near.ids[:, :TAUGHT].T, near.weights[:, :TAUGHT].T
+    sum_RxD, _ = jax.lax.scan(add, jnp.zeros_like(vectors_RxD), (ids_MxR, weight_MxR))
+    weight_Rx1 = weight_MxR.sum(axis=0)[:, None]
+    there_Rx1 = weight_Rx1 > 0
+    mean_RxD = sum_RxD / jnp.where(there_Rx1, weight_Rx1, 1.0)
+    share_Rx1 = events / (near.events + events)
+    return jnp.where(there_Rx1, vectors_RxD + share_Rx1 * (mean_RxD - vectors_RxD), vectors_RxD)

@@ -19,7 +19,7 @@ from dynrec_jax.data.cache import Histories, from_start
 from dynrec_jax.data.units import UNITS
 from dynrec_jax.errors import DataError, MachineError
 from dynrec_jax.evaluate.recommender import Lists, Recommender, seen_width
-from dynrec_jax.models.neighbours import LAST, raised
+from dynrec_jax.models.neighbours import LAST
 from dynrec_jax.models.user_state import Event, Stream, UserState
 from dynrec_jax.parallel.digest import tree_digest
 from dynrec_jax.parallel.mesh import row_pieces
@@ -62,9 +62,8 @@ class Live:
         self._index = {item: i + 1 for i, item in enumerate(self._items.to_pylist())}
         self._types = {name: i + 1 for i, name in enumerate(run.dataset.event_types)}
         self._seen: list[list[int]] = [[] for _ in self.users]
-        recommender = Recommender(run.model, run.mesh, 1, 1, False, items=run.items)
-        self._vectors, self._table = recommender.vectors(run.params, run.tables)
-        self._near = run.items.near(run.mesh)
+        self._recommender = Recommender(run.model, run.mesh, 1, 1, False, items=run.items)
+        self._vectors, self._table = self._recommender.vectors(run.params, run.tables)
         with jax.set_mesh(run.mesh):
             # One row more than there are users: what fills up a batch goes there.
             self.states = jax.jit(self.stream.empty, static_argnums=1)(run.params, len(self.users) + 1)
@@ -154,7 +153,7 @@ class Live:
             if moment_B is not None:
                 asked = jnp.asarray(np.pad(moment_B[start : start + TOGETHER], (0, size - len(rows))))
             with jax.set_mesh(self._mesh):
-                tables = self._vectors, self._table, self._near
+                tables = self._vectors, self._table, self._recommender.near
                 ids, scores = self._best(
                     self.run.params, tables, self.states, (row_B, asked, self._last(rows, size)), seen_BxM, k
                 )
@@ -299,9 +298,8 @@ class Live:
         moment_B = some.last.times if moment_B is None else moment_B
         u_BxD = self.stream.interest(params, vectors_RxD, some, moment_B)
         q_BxD = self.run.model.abra.query(u_BxD, table_RxD)
-        abra = self.run.model.abra
-        more = None if near is None else raised(near, last_BxT, abra.neighbours)
-        return abra.best(q_BxD, table_RxD, seen_BxM, k, more)
+        more = self._recommender.raised(near, last_BxT)
+        return self.run.model.abra.best(q_BxD, table_RxD, seen_BxM, k, more)
 
 
 def _user_axis(states: UserState) -> UserState:

@@ -11,12 +11,12 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from dynrec_jax.config import describes_items, tunes_text
+from dynrec_jax.config import describes_items, serves_neighbours, tunes_text
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.cold import cold_items
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.data.examples import Splits
-from dynrec_jax.data.neighbours import FILE, Neighbours, count_neighbours, read_neighbours, write_neighbours
+from dynrec_jax.data.neighbours import FILE, count_neighbours, read_neighbours, write_neighbours
 from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.models import neighbours
@@ -184,7 +184,7 @@ def _count(
     processes: Processes,
     progress: Progress,
 ) -> None:
-    """Leaves a file of items that are near each other in the run folder, where the loss or the lists count them.
+    """Leaves a file of items that are near each other in the run folder, where loss or lists depend on it.
 
     Process 0 counts, of all histories, before the first start's first step.
     """
@@ -197,7 +197,7 @@ def _count(
         kept_E = ~cold_N[items_E]
         write_neighbours(folder, count_neighbours(users_E[kept_E], items_E[kept_E], dataset.items))
 
-    if config.loss.neighbours or config.model.neighbours:
+    if config.loss.neighbours or serves_neighbours(config):
         processes.first_does(lambda: None if (folder / FILE).exists() else count())
 
 
@@ -208,9 +208,10 @@ def _near(
     if not config.loss.neighbours:
         return {}
     found = items.neighbours
-    if found is None:  # what is served does not count them
+    if found is None:  # what is served does not depend on them
         found = processes.agree(lambda: read_neighbours(folder, items.number))
-    near = near_of(Neighbours(*(array[:, : neighbours.TAUGHT] for array in found)), mesh)
+    ids, weights = (array[:, : neighbours.TAUGHT] for array in (found.ids, found.weights))
+    near = near_of(found._replace(ids=ids, weights=weights), mesh)
     return {neighbours.IDS: near.ids, neighbours.WEIGHTS: near.weights}
 
 

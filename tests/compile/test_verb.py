@@ -144,7 +144,8 @@ def settings(tmp_path, monkeypatch) -> Path:
             "take 716.2 GiB on each of 8 devices, which have 59.7 GiB; they need 128 devices, or at most",
         ),
         ("--topology=8 --config.loss.neighbours=0.2", "needs counts of histories"),
-        ("--topology=8 --config.model.neighbours=1.0", "add 512 bytes an item"),
+        ("--topology=8 --config.model.neighbours=1.0", "add 516 bytes an item"),
+        ("--topology=8 --config.model.shrinkage=3.0", "and a vector an item"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_compiled(flags, said, settings, capsys, monkeypatch):

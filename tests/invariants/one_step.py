@@ -40,7 +40,7 @@ TEXT_KEYS: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"model__hops": 1},
-    "neighbours": {"loss__neighbours": 0.4, "model__neighbours": 1.0},
+    "neighbours": {"loss__neighbours": 0.4, "model__neighbours": 1.0, "model__shrinkage": 3.0},
     "sampled": {"loss__kind": "sampled"},
     "popularity": {"loss__kind": "sampled", "loss__sampler": "popularity"},
     "in_batch": {"loss__kind": "sampled", "loss__sampler": "in_batch"},
@@ -89,7 +89,7 @@ def step(kind: str, mesh: Mesh, process: int = 0) -> dict[str, np.ndarray]:
     state = fresh_state(model, tx, rows, mesh, 3, shardings, Given(seen_Rx1))
     known = {SEEN: seen_Rx1} if items.text else {}
     if kind == "neighbours":
-        known = dict(zip((neighbours.IDS, neighbours.WEIGHTS), near(mesh), strict=True))
+        known = dict(zip((neighbours.IDS, neighbours.WEIGHTS), near(mesh)[:2], strict=True))
     inputs = Inputs(batch, None, known, texts.placed(items, mesh, process))
     state = state._replace(caches=items.encoded(state.params, mesh))
     settings = StepSettings(
@@ -121,7 +121,7 @@ def near(mesh: Mesh) -> Near:
     there = (np.arange(ITEMS) % 5 > 0)[:, None]
     ids = np.where(there, rng.integers(1, ITEMS + 1, (ITEMS, 3)), 0).astype(np.int32)
     weights = np.where(there, rng.uniform(0.1, 1.0, ids.shape), 0.0).astype(np.float32)
-    return near_of(Neighbours(ids, weights), mesh)
+    return near_of(Neighbours(ids, weights, rng.integers(0, 9, ITEMS).astype(np.int32)), mesh)
 
 
 def whole_batch() -> Batch:
@@ -151,8 +151,11 @@ def lists(model: Model, mesh: Mesh, state: Any) -> tuple[np.ndarray, np.ndarray]
     weight = model.abra.neighbours
 
     def best(tables: Any, near: Any, queries: Any, seen: Any, last: Any) -> Any:
-        raised = neighbours.raised(near, last, weight) if weight else None
-        return model.abra.best(queries, tables[ID_TABLE], seen, LISTED, raised)
+        table, raised = tables[ID_TABLE], None
+        if weight:
+            table = neighbours.shrunk(table, near, model.shrinkage)
+            raised = neighbours.raised(near, last, weight)
+        return model.abra.best(queries, table, seen, LISTED, raised)
 
     with jax.set_mesh(mesh):
         placed = (place_same(sharding(mesh), x) for x in (queries, seen, last))

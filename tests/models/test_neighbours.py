@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from dynrec_jax.models.bstm import Rows
-from dynrec_jax.models.neighbours import FEW, IDS, LAST, LESS, WEIGHTS, Near, last_items, raised
+from dynrec_jax.models.neighbours import (
+    FEW,
+    IDS,
+    LAST,
+    LESS,
+    TAUGHT,
+    WEIGHTS,
+    Near,
+    last_items,
+    raised,
+    shrunk,
+)
 from dynrec_jax.models.user_encoder import Moments
 
 from .. import tiny
@@ -96,7 +107,8 @@ def test_a_list_is_that_of_all_scores_with_the_raised_ones(interests: int):
     seen = rng.integers(0, ITEMS + 1, (40, 4)).astype(np.int32)
     q = jnp.asarray(rng.normal(size=(40, abra.width)).astype(np.float32))
     counts = near()
-    found = raised(Near(counts[IDS], counts[WEIGHTS]), jnp.asarray(last), abra.neighbours)
+    near_all = Near(counts[IDS], counts[WEIGHTS], np.ones((ITEMS + 1, 1), np.int32))
+    found = raised(near_all, jnp.asarray(last), abra.neighbours)
     ids, scores = abra.best(q, table, jnp.asarray(seen), 10, found)
     plain, _ = abra.best(q, table, jnp.asarray(seen), 10)
 
@@ -113,3 +125,26 @@ def test_a_list_is_that_of_all_scores_with_the_raised_ones(interests: int):
     np.testing.assert_allclose(scores, np.take_along_axis(expected, order, axis=1), rtol=1e-5, atol=1e-6)
     assert (np.asarray(plain) != order).any(axis=1).sum() > 30
     np.testing.assert_array_equal(plain[14], order[14])
+
+
+def test_rare_items_are_drawn_to_their_neighbours_and_others_are_not():
+    rng = np.random.default_rng(5)
+    items, most = 60, TAUGHT + 6  # more neighbours than are looked up
+    ids = np.stack([rng.permutation(items)[:most] + 1 for _ in range(items + 1)]).astype(np.int32)
+    ids[[0, 7]], ids[9, 2:] = 0, 0
+    weights = np.where(ids > 0, rng.uniform(0.1, 1.0, ids.shape), 0.0).astype(np.float32)
+    events = rng.integers(0, 50, (items + 1, 1)).astype(np.int32)
+    events[[3, 4], 0] = 0, 10**9
+    table = rng.normal(size=(items + 1, 8)).astype(np.float32)
+    table[0] = 0
+    made = np.asarray(shrunk(jnp.asarray(table), Near(*map(jnp.asarray, (ids, weights, events))), 3.0))
+    for item, row in enumerate(made):
+        near = [(i, w) for i, w in zip(ids[item, :TAUGHT], weights[item, :TAUGHT], strict=True) if i]
+        expected = table[item].astype(np.float64)
+        if near:
+            mean = sum(w * table[i].astype(np.float64) for i, w in near) / sum(float(w) for _, w in near)
+            expected = (events[item, 0] * expected + 3 * mean) / (events[item, 0] + 3)
+        np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(made[[0, 7]], table[[0, 7]])
+    np.testing.assert_allclose(made[4], table[4], rtol=1e-6)
+    assert np.abs(made[3] - table[3]).max() > 0.3

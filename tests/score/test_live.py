@@ -31,6 +31,7 @@ SIGHT = {
     "model__attention_window": 4,
     "model__layers": 2,
     "model__neighbours": 1.0,
+    "model__shrinkage": 2.0,
 }
 
 

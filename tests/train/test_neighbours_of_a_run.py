@@ -40,8 +40,8 @@ def test_what_trains_is_counted_and_kept_for_the_next_start(tmp_path: Path):
 
 
 def test_what_is_served_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Lists against every item's score written out: the model's, and what the neighbours add."""
-    made = make(tmp_path, model__neighbours=2.0, loss__neighbours=0.3)
+    """Lists against every item's score written out: by vectors drawn to the neighbours', and what these add."""
+    made = make(tmp_path, model__neighbours=2.0, model__shrinkage=4.0, loss__neighbours=0.3)
     assert (
         dynrec("score", "filter_seen", workdir=made.workdir, out=tmp_path / "lists", k=5, split="test") == 0
     )
@@ -50,7 +50,14 @@ def test_what_is_served_counts_them(tmp_path: Path, capsys: pytest.CaptureFixtur
     histories = Histories(run.dataset, tmp_path / "cache")
     number = {user: i for i, user in enumerate(histories.ids_of(np.arange(histories.users)))}
     names = run.item_ids.to_pylist()
-    table = run.tables["item_id"]
+    own_RxD = np.asarray(run.tables["item_id"], np.float64)
+    drawn_RxD = own_RxD.copy()
+    for item in range(1, len(names) + 1):
+        ids, weights, events = near.ids[item - 1, :24], near.weights[item - 1, :24], near.events[item - 1]
+        if weights.any():
+            mean_D = weights @ own_RxD[ids] / weights.sum()
+            drawn_RxD[item] = (events * own_RxD[item] + 4 * mean_D) / (events + 4)
+    table = jnp.asarray(drawn_RxD, jnp.float32)
     moved = 0
     for row in pq.read_table(tmp_path / "lists").to_pylist()[:15]:
         user = number[row["user_id"]]

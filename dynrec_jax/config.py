@@ -51,7 +51,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.data = ml_collections.ConfigDict()
     c.data.max_length = 200  # events of a history that the encoder reads
-    c.data.windows = "last"  # of a longer history: its end, or a window drawn anew each time ("random")
+    c.data.windows = "random"  # of a longer history: a window drawn anew each time, or its end ("last")
     # Share of the windows that are augmented, each time anew: of its events a part in one piece (`crop`, 1: all of
     # them), some left out (`drop`, the share), and moved by so many places at most (`reorder`).
     c.data.augmented = 0.0
@@ -74,9 +74,10 @@ def default_config() -> ml_collections.ConfigDict:
     # One of models.blocks.BLOCKS: "hstu" attends pointwise behind a gate, a "gru" does not attend, and "mean" is what a
     # model without dynamics would do.
     c.model.block = "prenorm"
-    # Where an event stands: a learned vector of each of the `data.max_length` positions ("absolute"); attention's bias
-    # by the events between two ("relative"), with which a user's state can be continued forever; or "none".
-    c.model.positions = "absolute"
+    # Where an event stands: attention's bias by the events between two ("relative"), with which a user's state can be
+    # continued forever; a learned vector of each of the `data.max_length` positions ("absolute"); or "none". For a
+    # "gru" and a "mean", which have no such attention, "relative" is "none".
+    c.model.positions = "relative"
     # How time is told, any of: attention's "bias" by the time between events; queries and keys turned by it ("rotary");
     # clocks' hands added to each event ("sinusoidal").
     c.model.time = ()
@@ -87,7 +88,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.events = False  # whether the history's event types are told
     c.model.attention_window = 0  # events that attention looks at in each layer, its own included; 0: all
     c.model.feedforward = 4.0  # hidden width of the feed-forward as a multiple of D
-    c.model.dropout = 0.2
+    c.model.dropout = 0.4
     c.model.normalise = False  # unit-length user and item vectors in ABRA
     c.model.temperature = 0.1  # divides ABRA's logits, next to sqrt(d_u + d_v)
     # Vectors of a user: each target trains the one that scores it highest, and an item's score is that of the best one.
@@ -100,7 +101,7 @@ def default_config() -> ml_collections.ConfigDict:
     # events of the item: the rarer it is, the more. It changes nothing in training.
     c.model.shrinkage = 0.0
     c.model.forward_weight = 1.0  # of the traversal that predicts the next item
-    c.model.backward_weight = 0.5  # of the traversal that predicts the previous item; 0 leaves it out
+    c.model.backward_weight = 0.0  # of the traversal that predicts the previous item; 0 leaves it out
     c.model.dtype = "float32"  # of activations and matrix products; parameters stay float32
     # What the gradient computes again instead of keeping it: nothing; all of a "block", a third more work; or all but
     # "products" of matrices and attention's means, little more work. Of a BERT that is trained nothing is kept but for
@@ -129,7 +130,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.item.text_refresh = (
         200  # "tuned": steps after which vectors of items that a batch has not are made anew
     )
-    c.item.text_rate = 0.05  # "tuned": BERT's learning rate as a share of train.learning_rate
+    c.item.text_rate = 0.005  # "tuned": BERT's learning rate as a share of train.learning_rate
     c.item.text_dropout = 0.1  # "tuned": inside of BERT
     c.item.text_vocabulary = 8192  # without a `bert` folder: words of a tokenizer trained on the items' text
     c.item.text_dim = 128  # without a `bert` folder: its width,
@@ -164,25 +165,25 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.alignment = 0.0
 
     c.train = ml_collections.ConfigDict()
-    c.train.steps = 5_000  # optimizer steps
+    c.train.steps = 2_000  # optimizer steps
     c.train.batch_size = 128  # histories a step, over all devices
     # Parts that a batch is computed in, one after the other. 0: on CPU as many as keep a part near 4,096 positions,
     # which takes 0.6 of the memory of a small catalogue and no more time (each further part holds one more gradient
     # of the table, however many there are); elsewhere one. The texts of a batch fall into as many, or, for 0, into
     # parts near 2,048 tokens on CPU.
     c.train.accumulation = 0
-    c.train.learning_rate = 1e-3  # at its peak
+    c.train.learning_rate = 8e-3  # at its peak
     c.train.warmup = 0.05  # share of the steps in which the rate rises from 0
     c.train.final_rate = 0.05  # share of the peak that is left at the end of the cosine
-    c.train.weight_decay = 0.01  # of matrices of the encoder; never of item tables, norms or biases
+    c.train.weight_decay = 0.3  # of matrices of the encoder; never of item tables, norms or biases
     c.train.clip_norm = 1.0  # of the whole gradient; 0 does not clip
     c.train.beta2 = 0.98  # Adam's second moment: recent enough for rates that fall
-    # Decay of running means of all weights, which are evaluated and served in place of the last ones, such as 0.99;
-    # 0: none are kept.
-    c.train.average = 0.0
+    # Decay of running means of all weights, which are evaluated and served in place of the last ones; 0: none are kept.
+    # -1: 0.99 with the softmax over all items, whose steps pass over the whole table anyway, and none with the others.
+    c.train.average = -1.0
     c.train.row_optimizer = "adam"  # of table rows where only touched rows move (all losses but "full")
     c.train.checkpoint_every = 500  # steps
-    c.train.evaluate_every = 500  # steps; 0 evaluates after the last one alone
+    c.train.evaluate_every = 200  # steps; 0 evaluates after the last one alone
     c.train.keep_last = 2  # checkpoints kept beside the best one
     c.train.patience = 0  # evaluations without a better metric until the run stops; 0 never stops early
 

@@ -41,6 +41,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for key in ("model.temperature", "model.feedforward", "train.learning_rate"):
         if _get(config, key) <= 0:
             raise ConfigError(f"config.{key}: {_get(config, key)!r}; expected a number greater than 0")
+    if c.train.average != -1:
+        _within(config, 0.0, 1.0, "train.average")
     for key in ("train.beta2", "train.average"):
         if _get(config, key) == 1.0:
             raise ConfigError(f"config.{key}: 1.0 would never forget; expected less than 1")
@@ -103,9 +105,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     _at_least(config, 0, "model.forward_weight", "model.backward_weight", "model.hops")
     _at_least(config, 0, "model.neighbours", "model.shrinkage")
     _within(config, 0, 2**32 - 1, "seed")
-    _within(
-        config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2", "train.average"
-    )
+    _within(config, 0.0, 1.0, "model.dropout", "train.warmup", "train.final_rate", "train.beta2")
     _within(config, 0.0, 1.0, "loss.uniform_share", "loss.calibration", "data.augmented", "data.crop")
     _within(config, 0.0, 0.9, "loss.neighbours")
     _within(config, 0.0, 0.9, "data.drop")
@@ -134,22 +134,19 @@ def _check_sight(config: ml_collections.ConfigDict) -> None:
     ways = ("bias", "rotary", "sinusoidal")
     if wrong := [name for name in m.time if name not in ways]:
         raise ConfigError(f"config.model.time: {wrong[0]!r} is not one of {', '.join(ways)}")
-    if m.block == "mean" and (m.positions == "relative" or {"bias", "rotary"} & set(m.time)):
+    if m.block == "mean" and {"bias", "rotary"} & set(m.time):
         raise ConfigError(
-            "config.model.block: a mean has no weights that model.positions=relative and the times bias and rotary "
-            "could change; leave them out"
+            "config.model.block: a mean has no weights that the times bias and rotary could change; leave them out"
         )
     if m.attention_window > config.data.max_length:
         raise ConfigError(
             f"config.model.attention_window: {m.attention_window} is more than "
             f"data.max_length={config.data.max_length}, the most that is ever trained; use no more"
         )
-    if m.block == "gru" and (
-        m.attention_window or m.positions == "relative" or {"bias", "rotary"} & set(m.time)
-    ):
+    if m.block == "gru" and (m.attention_window or {"bias", "rotary"} & set(m.time)):
         raise ConfigError(
-            "config.model.block: a gru has no attention; leave out model.attention_window, model.positions=relative "
-            "and the times bias and rotary (it can do with model.positions=none and model.time=sinusoidal)"
+            "config.model.block: a gru has no attention; leave out model.attention_window and the times bias and "
+            "rotary (it can do with model.time=sinusoidal)"
         )
     if m.interests > 1 and (m.hops or config.item.fusion == "ensemble"):
         raise ConfigError(

@@ -24,4 +24,5 @@ def get_config():
     c.train.average = 0.99
     c.train.checkpoint_every = 150
     c.train.evaluate_every = 150
+    c.train.weight_decay = 0.01
     return c

@@ -21,6 +21,7 @@ def get_config(model="dynamic"):
     c.model.dropout = 0.3
     c.model.heads = 1
     c.model.backward_weight = 0.0
+    c.model.positions = "absolute"
     if model == "static":
         c.model.block, c.model.positions, c.model.layers = "mean", "none", 1
     else:
@@ -30,4 +31,6 @@ def get_config(model="dynamic"):
     c.train.learning_rate = 3e-3
     c.train.checkpoint_every = 200
     c.train.evaluate_every = 200
+    c.train.average = 0.0
+    c.train.weight_decay = 0.01
     return c

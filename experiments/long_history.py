@@ -21,6 +21,9 @@ def get_config():
     c.model.dtype = "bfloat16"
     c.model.remat = "block"
     c.model.scan_layers = True
+    c.model.backward_weight = 0.5
+    c.model.dropout = 0.2
+    c.model.positions = "absolute"
     c.loss.kind = "sampled"
     c.loss.sampler = "uniform"
     c.loss.negatives = 4_096
@@ -30,5 +33,8 @@ def get_config():
     c.train.batch_size = 16
     c.train.checkpoint_every = 1_000
     c.train.evaluate_every = 1_000
+    c.train.average = 0.0
+    c.train.learning_rate = 1e-3
+    c.train.weight_decay = 0.01
     c.evaluation.batch_size = 64
     return c

@@ -22,14 +22,18 @@ def get_config(told="time"):
     c = default_config()
     c.dataset = "data/ml-100k"
     c.data.max_length = 200
+    c.data.windows = "last"
     # By how far apart events are, and of the last ones alone: with so few users, less is learnt by heart.
     c.model.positions = "relative"
     c.model.attention_window = 48
     c.model.dropout = 0.3
+    c.model.backward_weight = 0.5
     if told == "time":
         c.model.time, c.model.query_time = ("bias",), True
     c.train.steps = 300
     c.train.learning_rate = 3e-3
     c.train.checkpoint_every = 50
     c.train.evaluate_every = 50
+    c.train.average = 0.0
+    c.train.weight_decay = 0.01
     return c

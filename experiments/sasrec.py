@@ -12,11 +12,17 @@ from dynrec_jax.config import default_config
 def get_config():
     c = default_config()
     c.dataset = "data/shop"
+    c.data.windows = "last"
     c.model.block = "seed"
     c.model.feedforward = 1.0
     c.model.heads = 1
     c.model.backward_weight = 0.0
+    c.model.dropout = 0.2
+    c.model.positions = "absolute"
     c.train.steps = 3_000
     c.train.checkpoint_every = 250
     c.train.evaluate_every = 250
+    c.train.average = 0.0
+    c.train.learning_rate = 1e-3
+    c.train.weight_decay = 0.01
     return c

@@ -47,6 +47,8 @@ def test_the_defaults_are_valid():
         ("model.dropout", 1.0, "config.model.dropout"),
         ("model.dropout", 1.5, "expected a number from 0.0 to 1.0"),
         ("train.warmup", float("nan"), "config.train.warmup"),
+        ("train.average", -0.5, "config.train.average"),
+        ("train.average", 1.0, "config.train.average: 1.0 would never forget"),
         ("train.learning_rate", 0.0, "config.train.learning_rate: 0.0; expected a number greater than 0"),
         ("model.temperature", -0.1, "config.model.temperature"),
         ("model.heads", 3, "does not divide by model.heads=3"),
@@ -158,4 +160,4 @@ def test_the_difference_names_what_changes_the_result_and_nothing_else():
     assert configs.difference(old, new) == []
     new.update_from_flattened_dict({"train.learning_rate": 0.5, "evaluation.ks": (10,)})
     lines = configs.difference(old, new)
-    assert lines == ["evaluation.ks: [1, 5, 10, 20, 50, 100] -> [10]", "train.learning_rate: 0.001 -> 0.5"]
+    assert lines == ["evaluation.ks: [1, 5, 10, 20, 50, 100] -> [10]", "train.learning_rate: 0.008 -> 0.5"]

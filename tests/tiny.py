@@ -22,9 +22,12 @@ Row = Sequence[tuple[int, Sequence[int]]]  # windows of one row: (its number in 
 
 SMALL: dict[str, Any] = {
     "data.max_length": 8,
+    "data.windows": "last",
     "model.dim": 8,
     "model.layers": 1,
     "model.dropout": 0.0,
+    "model.positions": "absolute",
+    "model.backward_weight": 0.5,
     "model.temperature": 0.5,
     "loss.block_items": 16,
     "loss.block_positions": 8,

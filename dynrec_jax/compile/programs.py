@@ -28,7 +28,7 @@ from dynrec_jax.parallel.rules import sharding
 from dynrec_jax.parallel.table import rows_for, rows_of
 from dynrec_jax.train.loop import step_arguments
 from dynrec_jax.train.plan import exchange_of_zipf
-from dynrec_jax.train.state import TrainState, abstract_state, keeps_average
+from dynrec_jax.train.state import TrainState, abstract_state, average_decay
 from dynrec_jax.train.step import CompiledStep, Inputs
 from dynrec_jax.train.table_part import trace_dense, trace_rows
 
@@ -94,7 +94,7 @@ def make_plan(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Plan
     model = make_bstm(config, items, event_types=named_types(config))
     assert isinstance(model, Bstm)
     fixed = step_arguments(config, model, mesh, None)
-    state, places = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh, keeps_average(config))
+    state, places = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh, average_decay(config) > 0)
     plan = Plan(config, items, mesh, model, state, places, None, 1.0)
     if mesh.size == 1:
         return plan

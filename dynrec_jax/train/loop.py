@@ -51,9 +51,9 @@ from dynrec_jax.train.state import (
     Given,
     TrainState,
     abstract_state,
+    average_decay,
     check_tables,
     fresh_state,
-    keeps_average,
 )
 from dynrec_jax.train.step import CompiledStep, Inputs, StepSettings
 from dynrec_jax.train.texts import Read, TextBatches
@@ -276,7 +276,7 @@ def setup(
 ) -> Setup:
     """What a config's run starts from on a mesh."""
     fixed = step_arguments(config, model, mesh, exchange)
-    parts, averaged = (model, fixed["tx"], fixed["row_tx"], mesh), keeps_average(config)
+    parts, averaged = (model, fixed["tx"], fixed["row_tx"], mesh), average_decay(config) > 0
     template, shardings = abstract_state(*parts, averaged)
     step = CompiledStep(mesh, shardings, **fixed)
 
@@ -303,7 +303,7 @@ def check_fits(config: ml_collections.ConfigDict, items: int, mesh: Mesh) -> Non
         ids_alone.item.fusion = "id"
         model = MODELS[config.model.name](ids_alone, items)
         optimizers = make_optimizer(config), make_row_optimizer(config)
-        state, _ = abstract_state(model, *optimizers, mesh, keeps_average(config))
+        state, _ = abstract_state(model, *optimizers, mesh, average_decay(config) > 0)
         check_tables(state, items, mesh, memory)
 
 
@@ -331,7 +331,7 @@ def step_settings(
         sampling=sampling(config, model.abra.items),
         pieces=row_pieces(mesh) if mesh.devices.flat[0].platform == "cpu" else 0,
         exchange=exchange,
-        average=config.train.average,
+        average=average_decay(config),
     )
 
 

@@ -22,6 +22,8 @@ from dynrec_jax.parallel.table import rows_for
 
 GIB = 2**30
 
+AVERAGED = 0.99  # decay of running means of weights where the config leaves it to the kind of loss
+
 # Of a program that runs once: on CPU it compiles in 1.9 s instead of 2.7, to the same weights.
 QUICKLY = {"xla_backend_optimization_level": 1}
 
@@ -59,9 +61,15 @@ class TrainState(NamedTuple):
         return self.average or self.weights
 
 
-def keeps_average(config: ml_collections.ConfigDict) -> bool:
-    """Whether a run keeps running means of its weights."""
-    return bool(config.train.average > 0)
+def average_decay(config: ml_collections.ConfigDict) -> float:
+    """Decay of the running means of a run's weights; 0 where it keeps none.
+
+    What the config says, or where that is -1, `AVERAGED` with the softmax over all items, a step of which passes over
+    the whole table anyway, and none where only touched rows move.
+    """
+    if config.train.average >= 0:
+        return float(config.train.average)
+    return AVERAGED if config.loss.kind == "full" else 0.0
 
 
 def trainable(model: Model, params: Any, tables: Any) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def settings() -> ml_collections.ConfigDict:
     """D 64, two layers, 512 uniform negatives, lazy Adam of rows."""
     c = default_config()
     c.data.max_length = LENGTH
+    c.model.positions, c.model.backward_weight = "absolute", 0.5
     c.loss.kind = "sampled"
     c.train.batch_size = BATCH
     return c

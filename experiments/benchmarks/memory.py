@@ -28,7 +28,7 @@ from dynrec_jax.models.neighbours import LAST
 from dynrec_jax.parallel.mesh import make_mesh
 from dynrec_jax.parallel.table import rows_for
 from dynrec_jax.train.loop import step_arguments
-from dynrec_jax.train.state import abstract_state, keeps_average
+from dynrec_jax.train.state import abstract_state, average_decay
 from dynrec_jax.train.step import CompiledStep, Inputs
 
 ITEMS = (10_000, 100_000, 1_000_000)
@@ -57,7 +57,7 @@ def step_bytes(config: ml_collections.ConfigDict, items: int, batch: int) -> int
     model = MODELS[config.model.name](config, items)
     mesh = one_device()
     fixed = step_arguments(config, model, mesh, None)
-    state, shardings = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh, keeps_average(config))
+    state, shardings = abstract_state(model, fixed["tx"], fixed["row_tx"], mesh, average_decay(config) > 0)
     windows = Batch(*[shape(batch, config.data.max_length + 1)] * len(Batch._fields))
     counted = model.sampled and fixed["settings"].sampling.by_counts
     running_R = shape(rows_for(items)) if counted else None
@@ -95,13 +95,9 @@ def _temporary(lowered: Any) -> int:
 def programs() -> dict[str, tuple[Measure, tuple[int, ...], dict[str, Any]]]:
     """What is measured: how, at which sizes of a batch, with which changes to the default config."""
     return {
-        "step, full softmax": (step_bytes, HISTORIES, {"loss.kind": "full"}),
-        "step, full softmax, forward alone": (
-            step_bytes,
-            HISTORIES,
-            {"loss.kind": "full", "model.backward_weight": 0.0},
-        ),
-        "step, sampled": (step_bytes, HISTORIES, {"loss.kind": "sampled"}),
+        "step, full softmax": (step_bytes, HISTORIES, {"loss.kind": "full", "model.backward_weight": 0.5}),
+        "step, full softmax, forward alone": (step_bytes, HISTORIES, {"loss.kind": "full"}),
+        "step, sampled": (step_bytes, HISTORIES, {"loss.kind": "sampled", "model.backward_weight": 0.5}),
         "lists": (lists_bytes, USERS, {}),
     }
 
@@ -109,7 +105,7 @@ def programs() -> dict[str, tuple[Measure, tuple[int, ...], dict[str, Any]]]:
 def grid(measure: Measure, batches: tuple[int, ...], changes: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each size of a batch: bytes at each of `ITEMS`, and how they grow with the last of them, in tables."""
     config = default_config()
-    config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict({"model.positions": "absolute", "train.average": 0.0, **changes})
     rows = []
     for batch in batches:
         used = [measure(config, items, batch) for items in ITEMS]

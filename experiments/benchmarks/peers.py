@@ -199,7 +199,7 @@ def run_dynrec(bench: Bench, peer: str, round_: int) -> Measured:
         "train.checkpoint_every": steps,
         "logging.every": every,
     }
-    flags = [f"--config={HERE.parent / 'ml1m.py'}", f"--workdir={workdir}"]
+    flags = [f"--config={HERE.parent / 'sasrec.py'}", f"--workdir={workdir}"]
     flags += [f"--config.{key}={value}" for key, value in changes.items()]
     train_wall, train_memory = run([*dynrec("train"), *flags], workdir.with_suffix(".train.log"))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

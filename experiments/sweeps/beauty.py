@@ -14,12 +14,17 @@ def get_config():
     c = default_config()
     c.dataset = "data/beauty"
     c.data.max_length = 50
+    c.data.windows = "last"
     c.model.heads = 1
     c.model.backward_weight = 0.0
+    c.model.dropout = 0.2
+    c.model.positions = "absolute"
     c.train.batch_size = 256
     c.train.steps = 600
     c.train.checkpoint_every = 150
     c.train.evaluate_every = 75
+    c.train.average = 0.0
+    c.train.weight_decay = 0.01
     return c
 
 

@@ -15,9 +15,12 @@ def get_config():
     c.model.heads = 1
     c.model.dropout = 0.3
     c.model.backward_weight = 0.0
+    c.model.positions = "absolute"
     c.train.steps = 200
     c.train.checkpoint_every = 50
     c.train.evaluate_every = 50
+    c.train.average = 0.0
+    c.train.weight_decay = 0.01
     return c
 
 

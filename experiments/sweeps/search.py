@@ -21,12 +21,17 @@ def get_config(kind="search"):
     c = default_config()
     c.dataset = "data/synthetic"
     c.data.max_length = 50
+    c.data.windows = "last"
     c.model.heads = 1
     c.model.layers = 1
     c.model.backward_weight = 0.0
+    c.model.dropout = 0.2
+    c.model.positions = "absolute"
     c.train.steps = 180
     c.train.checkpoint_every = 60
     c.train.evaluate_every = 20
+    c.train.average = 0.0
+    c.train.weight_decay = 0.01
     return c
 
 

@@ -59,7 +59,7 @@ def test_weights_that_are_none_are_refused(text: str):
     [
         ({"model__time": ("clock",)}, "'clock' is not one of bias, rotary, sinusoidal"),
         ({"model__time": ("rotary",), "model__dim": 6, "model__heads": 2}, "each of 2 heads has 3"),
-        ({"model__block": "gru", "model__positions": "relative"}, "a gru has no attention"),
+        ({"model__block": "gru", "model__attention_window": 4}, "a gru has no attention"),
         ({"model__block": "mean", "model__time": ("bias",)}, "a mean has no weights"),
         ({"model__attention_window": 9}, "is more than data.max_length=8"),
         ({"evaluation__test_from": 5}, "validation_from=0 and test_from=5"),

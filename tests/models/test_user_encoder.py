@@ -368,3 +368,15 @@ def test_stacked_parameters_carry_their_names_and_count_as_unrolled_ones_do():
     blocks = rules.tree_shardings(tiny.mesh(2, 2, 2), boxed)["user"]["blocks"]
     assert blocks["attention"]["query"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor", None)
     assert blocks["attention_norm"]["scale"].spec == PartitionSpec(None, "fsdp")
+
+
+@pytest.mark.parametrize("block", ["gru", "mean"])
+def test_a_block_without_attention_over_events_knows_no_relative_positions(block: str):
+    told, params, tables = tiny.bstm(20, model__block=block, model__positions="relative")
+    untold, same, _ = tiny.bstm(20, model__block=block, model__positions="none")
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, same)
+    history = History(jnp.asarray([[*WINDOW, 0, 0, 0]]))
+    v = tables["item_id"][history.items]
+    np.testing.assert_array_equal(
+        told.last_vector(params, v, history), untold.last_vector(params, v, history)
+    )

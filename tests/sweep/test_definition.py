@@ -126,7 +126,7 @@ def test_differences_are_named() -> None:
     one = over("seed", range(2))
     assert difference(plain(one), plain(one)) == []
     assert difference(plain(one), plain(one, **{"train.learning_rate": 0.5})) == [
-        "config.train.learning_rate: 0.001 -> 0.5"
+        "config.train.learning_rate: 0.008 -> 0.5"
     ]
     assert difference(plain(one), plain(one, **{"logging.every": 7, "dataset": "moved"})) == []
     assert difference(plain(one), plain(over("seed", range(3)))) == ["2 trials -> 3"]

@@ -10,7 +10,15 @@ from dynrec_jax.models.model import make_bstm
 from dynrec_jax.parallel import mesh as meshes
 from dynrec_jax.parallel.rows import lazy_adam, rowwise_adagrad
 from dynrec_jax.train import loop
-from dynrec_jax.train.state import Given, abstract_state, check_tables, fresh_state, init_state, table_bytes
+from dynrec_jax.train.state import (
+    Given,
+    abstract_state,
+    average_decay,
+    check_tables,
+    fresh_state,
+    init_state,
+    table_bytes,
+)
 
 from .. import described, tiny
 
@@ -79,3 +87,11 @@ def test_simulated_devices_share_the_memory_of_the_machine():
     assert meshes.device_memory() * 8 <= meshes.os.sysconf("SC_PHYS_PAGES") * meshes.os.sysconf(
         "SC_PAGE_SIZE"
     )
+
+
+def test_the_average_is_kept_by_default_where_a_step_passes_over_the_whole_table_anyway():
+    found = {kind: average_decay(tiny.config(loss__kind=kind)) for kind in ("full", "sampled", "gbce")}
+    assert found == {"full": 0.99, "sampled": 0.0, "gbce": 0.0}
+    for given in (0.0, 0.5):
+        for kind in found:
+            assert average_decay(tiny.config(loss__kind=kind, train__average=given)) == given

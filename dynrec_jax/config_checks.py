@@ -232,7 +232,7 @@ def _check_items(config: ml_collections.ConfigDict) -> None:
 
 
 def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """All keys with their full names, `{"train.steps": 5000, …}`."""
+    """All keys with their full names, `{"train.steps": 2000, …}`."""
     return flattened(plain(config))
 
 

@@ -23,7 +23,7 @@ CHANGES = {
     # The loss.
     "sampled": {"loss.kind": "sampled", "loss.negatives": 512, "loss.neighbours": 0.0},
     "gbce": {"loss.kind": "gbce", "loss.negatives": 512, "loss.neighbours": 0.0},
-    "normalised": {"model.normalise": True, "model.temperature": 0.005},
+    "normalised": {"model.normalise": True, "model.temperature": 0.005, "model.shrinkage": 0.0},
     # What counts of neighbours are worth: in all places, as what the loss teaches, and in what is served.
     "alone": {"loss.neighbours": 0.0, "model.neighbours": 0.0, "model.shrinkage": 0.0},
     "untaught": {"loss.neighbours": 0.0},

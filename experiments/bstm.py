@@ -3,7 +3,7 @@
     dynrec prepare --source=sequences:sequences.txt --out=data/ml-1m
     dynrec train --config=experiments/bstm.py --workdir=runs/bstm
 
-A step costs about twice that of ml1m.py.
+A step costs about twice that of ml1m.py; what is served counts no neighbours (`ml1m.py:backward` does).
 """
 
 from dynrec_jax.config import default_config

@@ -1,6 +1,6 @@
 """MovieLens-1M with titles and genres, read by a published BERT that stays as it is.
 
-The settings are those of experiments/ml1m.py. One model of ids and texts, weighed by a gate;
+One model of ids and texts, weighed by a gate;
 `--config=experiments/ml1m_text.py:ensemble` puts a model of each side by side, `:text` is one without ids, `:id` one
 without texts. BERT reads each film once, before the first step, and its vectors are kept beside the dataset for the
 next run.

@@ -51,6 +51,6 @@ Done in $((SECONDS - began)) s. In quickstart/ here:
 Next, with your own log (a CSV with the columns user,item,time):
   . "$root/launch/environment.sh"
   dynrec prepare --source=table:log.csv --out=data/mine
-  dynrec train --config="$root/experiments/quickstart.py" --config.dataset=data/mine --workdir=runs/mine
+  dynrec train --config="$root/experiments/default.py:mine" --workdir=runs/mine
   dynrec evaluate --workdir=runs/mine && dynrec score --workdir=runs/mine --out=recommendations --k=100
 TEXT

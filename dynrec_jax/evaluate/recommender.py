@@ -122,7 +122,7 @@ class Recommender:
         self.own: Feed = feed(mesh, processes.index)
         self._batch_size = -(-batch_size // (self.own.parts * self.own.pieces)) * self.own.pieces
         self._catalogue = jax.jit(self._item_vectors)
-        self._shrunk = jax.jit(lambda vectors_RxD, near: shrunk(vectors_RxD, near, model.shrinkage))
+        self._shrunk = jax.jit(self._drawn)
         self._ready = jax.jit(model.ready)
         self._finite = jax.jit(lambda table_RxD: jnp.isfinite(table_RxD).all())
         self._encode = jax.jit(self._user_vectors)
@@ -132,6 +132,10 @@ class Recommender:
     def _item_vectors(self, params: Any, tables: Any, known: Any) -> jax.Array:
         described = described_rows(known, tables, rows_for(self._model.abra.items))
         return constrain(self._model.catalogue(params, described), "items", None)
+
+    def _drawn(self, vectors_RxD: Any, near: Near | None) -> jax.Array:
+        assert near is not None, "vectors are drawn to those of neighbours, and items without any were given"
+        return constrain(shrunk(vectors_RxD, near, self._model.shrinkage), "items", None)
 
     def _user_vectors(self, params: Any, vectors_RxD: Any, history: History) -> tuple[jax.Array, jax.Array]:
         v_BxLxD = lookup(vectors_RxD, history.items)
@@ -192,9 +196,9 @@ class Recommender:
             known = {**self._items.place(self.mesh), **self._items.encoded(params, self.mesh)}
             with jax.set_mesh(self.mesh):
                 vectors_RxD = self._catalogue(params, tables, known)
-        if self._model.shrinkage and (near := self._items.near(self.mesh)) is not None:
+        if self._model.shrinkage:
             with jax.set_mesh(self.mesh):
-                vectors_RxD = self._shrunk(vectors_RxD, near)
+                vectors_RxD = self._shrunk(vectors_RxD, self._items.near(self.mesh))
         if not self._model.normalises:
             return vectors_RxD, vectors_RxD
         with jax.set_mesh(self.mesh):

@@ -2,7 +2,8 @@
 
 `a_i = softmax_i(u·v_i / (τ · sqrt(d_u + d_v)))`, `r = Σ a_i v_i`. The list is the attention's top k; the mixture r
 can be fed back, so that the next attention asks with `u + r` ("hops"). The scores are the logits before the
-softmax, and they are the logits of the training loss; where neighbours count, theirs are raised (`models.neighbours`).
+softmax, and they are the logits of the training loss; where neighbours count, theirs are raised, and vectors of rare
+items drawn to theirs (`models.neighbours`).
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """BSTM, the bi-directional sequence transversal model: user encoder, item encoder and ABRA, trained together.
 
-Each history is traversed in both directions with shared weights and opposite causal masks: forward, position t
-predicts item t+1 from what came up to t; backward, position t predicts item t-1 from what came at t and after.
-Prediction uses the forward traversal alone.
+Each history is traversed forward and, where `backward_weight` says so, backward, with shared weights and opposite
+causal masks: forward, position t predicts item t+1 from what came up to t; backward, position t predicts item t-1 from
+what came at t and after. Prediction uses the forward traversal alone.
 """
 
 import dataclasses

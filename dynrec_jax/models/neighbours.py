@@ -20,8 +20,7 @@ import jax.numpy as jnp
 
 from dynrec_jax.batch import PAD
 from dynrec_jax.models.towers.tower import Described
-from dynrec_jax.parallel.rules import constrain
-from dynrec_jax.parallel.table import lookup
+from dynrec_jax.parallel.table import lookup, lookup_by_row
 
 Array = jax.Array
 IDS, WEIGHTS = "neighbour_ids", "neighbour_weights"  # names of what the devices hold of each item
@@ -130,8 +129,7 @@ def shrunk(vectors_RxD: Array, near: Near, events: float) -> Array:
 
     def add(sum_RxD: Array, each: tuple[Array, Array]) -> tuple[Array, None]:
         ids_R, weight_R = each
-        found_RxD = constrain(lookup(vectors_RxD, ids_R[:, None])[:, 0], "items", None)
-        return sum_RxD + weight_R[:, None] * found_RxD, None
+        return sum_RxD + weight_R[:, None] * lookup_by_row(vectors_RxD, ids_R), None
 
     # One neighbour of all items at a time: all at once would be as many tables.
     ids_MxR, weight_MxR = near.ids[:, :TAUGHT].T, near.weights[:, :TAUGHT].T

@@ -97,6 +97,21 @@ def lookup_both(
         return rows_BxLxD, shared_KxD[: shared_K.shape[0]]
 
 
+def lookup_by_row(table_RxD: Array, ids_R: Array) -> Array:
+    """The row of one item index for each row of a table, `[R, D]`, lying as the table does; not differentiable."""
+    mesh = several_devices()
+    if mesh is None:
+        return _take(table_RxD, ids_R)
+    replicas = mesh.size // table_devices(mesh)
+    exchange = capacity.default(mesh, ids_R.size * replicas)
+
+    def inside(table_RxD: Array, ids_M: Array) -> Array:
+        return gather_rows(table_RxD, rows_of(ids_M, _rows_in(table_RxD)), exchange)
+
+    with jax.named_scope("lookup"):
+        return jax.shard_map(inside, in_specs=(ROWS, ROWS), out_specs=ROWS, check_vma=False)(table_RxD, ids_R)
+
+
 def filled_up(x: Array, multiple: int) -> Array:
     """`x` with zeros behind its first axis, up to a multiple."""
     return jnp.pad(x, ((0, -x.shape[0] % multiple), *((0, 0),) * (x.ndim - 1)))

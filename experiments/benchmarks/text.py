@@ -87,9 +87,11 @@ def config_of(case: Case, arguments: argparse.Namespace) -> Any:
         {
             "dataset": arguments.dataset,
             "data.max_length": 50,
+            "data.windows": "last",
             "model.heads": 1,
             "model.backward_weight": 0.0,
             "model.positions": "absolute",
+            "model.dropout": 0.2,
             "train.average": 0.0,
             "train.weight_decay": 0.01,
             "item.fusion": "both",

@@ -1,5 +1,6 @@
 """Lists for many users: those of the model, however users are cut into batches."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -7,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dynrec_jax.batch import History
 from dynrec_jax.data.cache import Histories
+from dynrec_jax.data.neighbours import Neighbours
 from dynrec_jax.evaluate.recommender import (
     Lists,
     NonFiniteScores,
@@ -19,9 +22,10 @@ from dynrec_jax.evaluate.recommender import (
     seen_width,
     widths,
 )
+from dynrec_jax.models.features import Items
 from dynrec_jax.parallel.table import rows_for
 
-from .. import tiny
+from .. import described, tiny
 
 ITEMS, K = 25, 10
 
@@ -175,3 +179,45 @@ def test_seen_items_have_few_widths_and_long_ones_are_padded_less():
     assert all(length <= width <= max(4 * length, 16) for length, width in made.items())
     assert all(width < 2 * length for length, width in made.items() if length > 4_096)
     assert len(set(made.values())) == 10  # 16 to 4,096 by fours, then 8,192 to 131,072
+
+
+SHRINKAGE: dict[str, dict[str, Any]] = {
+    "ids": {},
+    "unit vectors": {"model__normalise": True},
+    "towers": {"item__fusion": "both", "item__attributes": ("a",)},
+    "ensemble": {"item__fusion": "ensemble", "item__attributes": ("a",)},
+    "counts in scores too": {"model__neighbours": 1.0},
+}
+
+
+@pytest.mark.parametrize("kind", SHRINKAGE)
+def test_vectors_of_rare_items_are_drawn_to_their_neighbours(kind: str):
+    """Those that are read, by hand from those without it; and those that are scored are these, made ready."""
+    changes, known = SHRINKAGE[kind], ITEMS - 4  # the last four came later
+    rng, mesh = np.random.default_rng(3), tiny.mesh(2, 1, 2)
+    found = Neighbours(
+        rng.integers(1, known + 1, (known, 3)).astype(np.int32),
+        rng.uniform(0.1, 1.0, (known, 3)).astype(np.float32),
+        rng.integers(0, 9, known).astype(np.int32),
+    )
+    later = Neighbours(*(np.pad(x, ((0, 4), *((0, 0),) * (x.ndim - 1))) for x in found))
+    items = Items(ITEMS, neighbours=later)
+    if "item__fusion" in changes:
+        items = dataclasses.replace(items, towers=(described.attribute_tower(ITEMS),))
+    vectors = {}
+    for shrinkage in (0.0, 3.0):
+        c = tiny.config(**changes, model__shrinkage=shrinkage)
+        model = items.model(c)
+        variables = nn.meta.unbox(model.init(jax.random.key(0)))
+        made = Recommender(model, mesh, 8, K, True, items=items)
+        vectors[shrinkage] = [np.asarray(x) for x in made.vectors(variables["params"], variables["tables"])]
+        assert (made.near is None) == ("model__neighbours" not in changes)
+    expected = vectors[0.0][0].copy()
+    for item in range(1, known + 1):
+        ids, weights, events = (x[item - 1] for x in found)
+        mean = weights @ vectors[0.0][0][ids] / weights.sum()
+        expected[item] = (events * vectors[0.0][0][item] + 3 * mean) / (events + 3)
+    np.testing.assert_allclose(vectors[3.0][0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(vectors[3.0][1], model.ready(jnp.asarray(expected)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(vectors[3.0][0][known + 1 :], vectors[0.0][0][known + 1 :])
+    assert np.abs(vectors[3.0][0] - vectors[0.0][0])[1 : known + 1].max() > 0.1

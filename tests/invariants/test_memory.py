@@ -9,7 +9,12 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from dynrec_jax.models.neighbours import TAUGHT, Near, shrunk
+from dynrec_jax.parallel.rules import sharding
 
 from .. import tiny
 
@@ -64,3 +69,22 @@ def test_lists_do_not_grow_with_the_catalogue(benchmark):
     for batch in (16, 32):
         assert abs(growth(used, batch)) <= ROUNDING
     assert used[MANY, 32] < 32 * FEW * FLOAT, "less than the scores of the smaller catalogue"
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 1, 8)])
+def test_vectors_are_drawn_to_their_neighbours_piece_by_piece(shape: tuple[int, int, int]):
+    """No device holds the table, whichever axes its rows lie over: a few pieces of it."""
+    mesh = tiny.mesh(*shape)
+    rows, dim = 16_384, 64
+    place = sharding(mesh, "items", None)
+    table = jax.ShapeDtypeStruct((rows, dim), jnp.float32, sharding=place)
+    near = Near(
+        *(
+            jax.ShapeDtypeStruct((rows, width), kind, sharding=place)
+            for width, kind in ((TAUGHT, jnp.int32), (TAUGHT, jnp.float32), (1, jnp.int32))
+        )
+    )
+    with jax.set_mesh(mesh):
+        made = jax.jit(lambda table, near: shrunk(table, near, 3.0), out_shardings=place).lower(table, near)
+        used = made.compile().memory_analysis().temp_size_in_bytes
+    assert used < rows * dim * FLOAT * 0.9

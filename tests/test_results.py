@@ -147,6 +147,7 @@ def test_a_run_is_recorded_with_the_command_that_makes_it(
         "--config.seed=2",
         "--config.data.prefetch=2",
         "--config.dataset=/elsewhere",
+        "--config.data.cache_dir=cache",
     ]
     assert record.main([*given, f"--workdir={workdir}"]) == 0
     result = json.loads((tmp_path / "shop" / "seed2.json").read_text())
@@ -156,7 +157,7 @@ def test_a_run_is_recorded_with_the_command_that_makes_it(
     assert (result["content"], result["step"], result["protocol"]["users"]) == ("abc", 40, 7)
     assert result["command"] == (
         f"dynrec train --config={experiment_file} --config.seed=2 --config.data.prefetch=2 "
-        "--workdir=runs/shop/seed2 && dynrec evaluate --workdir=runs/shop/seed2"
+        "--config.data.cache_dir=cache --workdir=runs/shop/seed2 && dynrec evaluate --workdir=runs/shop/seed2"
     )
     assert "dataset" not in result["config"]
     for key, value in stated(result["command"]).items():

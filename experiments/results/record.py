@@ -5,9 +5,10 @@
     dynrec evaluate --workdir=runs/beauty/seed0
     python experiments/results/record.py --config=experiments/beauty.py --config.seed=0 --workdir=runs/beauty/seed0
 
-The folder must be of a run of that experiment file and of nothing else: what the file says now and what the run was
-trained with are compared, and a difference ends the program with status 2. Start it from the commit that trained. Only
-metrics over all users are kept.
+Where the data does not lie where the experiment file says, name it as a reader would, `--config.dataset=data/shop`, and
+it stands in the command; an absolute path does not. The folder must be of a run of that experiment file and of nothing
+else: what the file says now and what the run was trained with are compared, and a difference ends the program with
+status 2. Start it from the commit that trained. Only metrics over all users are kept.
 """
 
 import datetime
@@ -58,13 +59,12 @@ def main(arguments: list[str]) -> int:
         config = read_config(values)
         if not values.workdir:
             raise ConfigError("--workdir is missing; expected the folder of the experiment's run")
-        result = recorded(Path(values.workdir), config, arguments)
+        file, _, argument = values["config"].value.partition(":")
+        named = values.name or "_".join(filter(None, [Path(file).stem, argument]))
+        result = recorded(Path(values.workdir), config, arguments, named)
     except (flags.Error, UserError) as error:
         sys.stderr.write(f"record: {error}\n")
         return 2
-    named = values.name or Path(values["config"].value.split(":")[0]).stem
-    if not values.name and ":" in values["config"].value:
-        named += "_" + values["config"].value.split(":", 1)[1]
     path = RESULTS / named / f"seed{config.seed}.json"
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps(result, indent=2) + "\n")
@@ -72,8 +72,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def recorded(workdir: Path, config: Any, arguments: list[str]) -> dict[str, Any]:
-    """What is kept of a run.
+def recorded(workdir: Path, config: Any, arguments: list[str], named: str) -> dict[str, Any]:
+    """What is kept of a run of the experiment `named`.
 
     Raises:
       ConfigError: the run is of another config, or was not evaluated on both splits with its best checkpoint.
@@ -90,7 +90,7 @@ def recorded(workdir: Path, config: Any, arguments: list[str]) -> dict[str, Any]
         raise ConfigError(f"{workdir}: the two splits were measured at different steps; evaluate both anew")
     test = measured["test"]
     return {
-        "command": _command(arguments, config.seed),
+        "command": _command(arguments, named, config.seed),
         "config": stated,
         "commit": _commit(),
         "date": datetime.datetime.fromtimestamp(
@@ -130,13 +130,15 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in result.items() if name not in NOT_METRICS}
 
 
-def _command(arguments: list[str], seed: int) -> str:
-    """One line that trains and measures the same again; where the data lies is the reader's own."""
-    flags_of_config = [
-        each for each in arguments if each.startswith("--config") and each.split("=")[0][9:] not in MOVABLE
-    ]
-    folder = next(each.split("=", 1)[1] for each in arguments if each.startswith("--config="))
-    workdir = shlex.quote(f"runs/{Path(folder.split(':')[0]).stem}{folder.partition(':')[2]}/seed{seed}")
+def _command(arguments: list[str], named: str, seed: int) -> str:
+    """One line that trains and measures the same again; where things lie on this machine is left out."""
+
+    def kept(flag: str) -> bool:
+        name, _, value = flag.partition("=")
+        return name.startswith("--config") and (name[9:] not in MOVABLE or not Path(value).is_absolute())
+
+    flags_of_config = list(filter(kept, arguments))
+    workdir = shlex.quote(f"runs/{named}/seed{seed}")
     return f"dynrec train {shlex.join(flags_of_config)} --workdir={workdir} && dynrec evaluate --workdir={workdir}"
 
 

@@ -2,9 +2,9 @@
 
     dynrec train --config=experiments/default.py:shop --workdir=runs/shop      # the dataset is data/shop
 
-They were chosen on four sets at once (README.md, "Defaults"). What else pays, where there is time to try it, in this
-order: `model.neighbours=1`; `model.shrinkage=3` where most items are rare; a larger `model.dim`; other values of
-`model.dropout`, from 0.2 to 0.5.
+They were chosen on four sets at once (README.md, "Defaults"). What the models that were tuned for one of these sets have
+besides, and what is worth trying: `model.neighbours=1`; `model.shrinkage=3` where most items are rare; a larger
+`model.dim`; another `model.dropout`, 0.3 or 0.5.
 """
 
 from dynrec_jax.config import default_config

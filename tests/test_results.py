@@ -35,7 +35,8 @@ def program(name: str) -> ModuleType:
 
 
 def stated(command: str) -> dict[str, Any]:
-    """The config of a `dynrec train …` command, flat."""
+    """The config of a `dynrec train …` command, flat; of several, of the first."""
+    command = command.split(" && ")[0]
     values = flags.FlagValues()
     define_config(values)
     values(["train", *(each for each in shlex.split(command) if each.startswith("--config"))])
@@ -156,12 +157,51 @@ def test_a_run_is_recorded_with_the_command_that_makes_it(
     assert result["validation"] == {"ndcg@10": 0.3, "recall@10": 0.6}
     assert (result["content"], result["step"], result["protocol"]["users"]) == ("abc", 40, 7)
     assert result["command"] == (
-        f"dynrec train --config={experiment_file} --config.seed=2 --config.data.prefetch=2 "
-        "--config.data.cache_dir=cache --workdir=runs/shop/seed2 && dynrec evaluate --workdir=runs/shop/seed2"
+        f"dynrec train --config={experiment_file} --config.data.prefetch=2 --config.data.cache_dir=cache "
+        "--config.seed=2 --workdir=runs/shop/seed2 && dynrec evaluate --workdir=runs/shop/seed2"
     )
     assert "dataset" not in result["config"]
     for key, value in stated(result["command"]).items():
         assert result["config"].get(key, value) == json.loads(json.dumps(value)), key
+
+
+def test_seeds_that_recommend_together_are_recorded_as_one(
+    experiment_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    record, table = program("record"), program("table")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "_commit", lambda: "0" * 40)
+    workdirs = [run_folder(tmp_path / f"seed{seed}", experiment_file, seed=seed) for seed in (1, 5)]
+    given = [
+        f"--config={experiment_file}",
+        "--config.seed=1",
+        f"--workdir={workdirs[0]}",
+        f"--with={workdirs[1]}",
+    ]
+    assert record.main(given) == 2
+    assert f"--split=validation --with={workdirs[1]}` first" in capsys.readouterr().err
+    for split, named in (("validation", "seed5"), ("test", "seed4")):
+        result = json.loads((workdirs[0] / "evaluation" / f"{split}.json").read_text())
+        result["ndcg@10"] = 0.4
+        result["together"] = [{"workdir": "seed1", "step": 40}, {"workdir": named, "step": 40}]
+        (workdirs[0] / "evaluation" / f"{split}_together.json").write_text(json.dumps(result))
+    assert record.main(given) == 2
+    assert "is of seed1, seed4 together" in capsys.readouterr().err
+    result["together"][1]["workdir"] = "seed5"
+    (workdirs[0] / "evaluation" / "test_together.json").write_text(json.dumps(result))
+    assert record.main(given) == 0
+    result = json.loads((tmp_path / "shop_together" / "seed1.json").read_text())
+    assert (result["together"], result["test"]) == ([1, 5], {"ndcg@10": 0.4, "recall@10": 0.4})
+    assert result["command"] == (
+        f"dynrec train --config={experiment_file} --config.seed=1 --workdir=runs/shop/seed1 && "
+        f"dynrec train --config={experiment_file} --config.seed=5 --workdir=runs/shop/seed5 && "
+        "dynrec evaluate --workdir=runs/shop/seed1 --with=runs/shop/seed5"
+    )
+    cells = table.row("two", [result])
+    assert (cells[1], cells[5]) == ("1 + 5", f"`{result['command']}`, {result['date']}")
+    other = run_folder(tmp_path / "other", experiment_file, seed=5, model__dropout=0.75)
+    assert record.main([*given[:3], f"--with={other}"]) == 2
+    assert "model.dropout: 0.75, not 0.0" in capsys.readouterr().err
 
 
 def test_a_run_of_other_settings_is_not_recorded(

@@ -3,7 +3,7 @@
 import dataclasses
 import datetime
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from dynrec_jax.data.examples import NONE
 from dynrec_jax.data.pipeline import make_splits
 from dynrec_jax.errors import ConfigError, DataError
 from dynrec_jax.evaluate.evaluator import asked
-from dynrec_jax.evaluate.recommender import GROUP_USERS, HistorySource, Lists, Recommender, groups
+from dynrec_jax.evaluate.recommender import GROUP_USERS, HistorySource, Lists, groups
 from dynrec_jax.parallel.digest import tree_digest
+from dynrec_jax.parallel.mesh import feed
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.score.parts import Parts
+from dynrec_jax.score.several import lists_of
 from dynrec_jax.score.users import has_histories, new_histories, read_table
 from dynrec_jax.train.progress import Progress
 from dynrec_jax.workdir import Run
@@ -85,10 +87,17 @@ class _Work:
     notes: list[str]
 
 
-def score(run: Run, out: Path, options: ScoreOptions, processes: Processes = ALONE) -> dict[str, int]:
+def score(
+    run: Run,
+    out: Path,
+    options: ScoreOptions,
+    processes: Processes = ALONE,
+    others: Sequence[Run] = (),
+) -> dict[str, int]:
     """Writes a Parquet part for each group of users; parts that are there already are not computed again.
 
-    Several processes share the parts; `out` is a folder that all of them see.
+    Several processes share the parts; `out` is a folder that all of them see. With `others`, lists are those of all
+    these runs together (`score.several`).
 
     Returns:
       `users` that have a list, `parts`, and `skipped` parts.
@@ -101,9 +110,10 @@ def score(run: Run, out: Path, options: ScoreOptions, processes: Processes = ALO
     number = run.items.number
     if options.k > number:
         raise ConfigError(f"--k={options.k}: the catalogue has {number:,} items; give {number} or less")
-    work = processes.agree(lambda: _asked_at(run, options, _work(run, options)))
-    weights = tree_digest((run.params, run.tables))
-    manifest = processes.agree(lambda: _manifest(run, options, weights))
+    runs = [run, *others]
+    work = processes.agree(lambda: _asked_at(runs, options, _work(runs, options)))
+    weights = [tree_digest((each.params, each.tables)) for each in runs]
+    manifest = processes.agree(lambda: _manifest(runs, options, weights))
     processes.check_same(manifest, "start all with the same flags and the same users")
     # Process 0 makes the folder; the others find it.
     made_parts = processes.agree(lambda: Parts(out, manifest, len(work.parts)) if processes.first else None)
@@ -114,16 +124,7 @@ def score(run: Run, out: Path, options: ScoreOptions, processes: Processes = ALO
     missing = processes.exchange(
         [i for i, rows in counts if not parts.done(i, rows)] if processes.first else None
     )[0]
-    recommender = Recommender(
-        run.model,
-        run.mesh,
-        run.config.evaluation.batch_size,
-        options.k,
-        options.filter_seen,
-        processes,
-        run.items,
-    )
-    own, items = recommender.own, run.item_ids
+    own, items = feed(run.mesh, processes.index), run.item_ids
     quiet = not processes.first
     with Progress("scoring", total, unit="users/s", quiet=quiet) as progress, ThreadPoolExecutor(1) as pool:
         for note in _of_new(run) + work.notes:
@@ -131,7 +132,7 @@ def score(run: Run, out: Path, options: ScoreOptions, processes: Processes = ALO
         if len(missing) < len(work.parts):
             progress.say(f"{len(work.parts) - len(missing)} of {len(work.parts)} parts are there already")
         done = total - sum(len(work.parts[i][0]) for i in missing)
-        lists = recommender.prepare(run.params, run.tables) if missing else None
+        lists = lists_of(runs, options.k, options.filter_seen, processes) if missing else None
         # A part is written while the next is computed; one at a time, so that no more than two are held.
         writing: Future[None] | None = None
         for start in range(0, len(missing), own.parts):
@@ -159,10 +160,11 @@ def _write(
         parts.write(part, work.ids(users), made, items)
 
 
-def _work(run: Run, options: ScoreOptions) -> _Work:
+def _work(runs: Sequence[Run], options: ScoreOptions) -> _Work:
+    run = runs[0]
     table = None if options.users is None else read_table(options.users)
     if table is not None and has_histories(table):
-        return _work_of_file(run, options, table)
+        return _work_of_file(runs, options, table)
     stored = Histories(run.dataset, options.cache_dir or run.config.data.cache_dir)
     ends_U = stored.lengths if options.split == "all" else _ends(stored, run, options.split)
     without = f"users without a {options.split} target left out"
@@ -177,14 +179,15 @@ def _work(run: Run, options: ScoreOptions) -> _Work:
     return _Work(stored, stored.id_column, [(each, ends_U[each]) for each in users], notes)
 
 
-def _work_of_file(run: Run, options: ScoreOptions, table: pa.Table) -> _Work:
+def _work_of_file(runs: Sequence[Run], options: ScoreOptions, table: pa.Table) -> _Work:
+    run = runs[0]
     if options.split != "all":
         raise ConfigError(
             f"--split={options.split}: {options.users} brings its own histories; leave the flag out"
         )
     data = run.dataset
     histories = new_histories(table, run.item_ids, options.users, data.first_time, data.event_types)
-    if run.model.sight.needs_times and histories.times is None:
+    if any(each.model.sight.needs_times for each in runs) and histories.times is None:
         raise DataError(
             f"{options.users}: has no times, and the model looks at them; expected a column time, or lists times"
         )
@@ -212,11 +215,12 @@ def _ends(stored: Histories, run: Run, split: str) -> np.ndarray:
     return ends_U
 
 
-def _asked_at(run: Run, options: ScoreOptions, work: _Work) -> _Work:
+def _asked_at(runs: Sequence[Run], options: ScoreOptions, work: _Work) -> _Work:
     """The work, asked for at `options.at`; ConfigError where nothing would look at that."""
+    run = runs[0]
     if options.at is None:
         return work
-    if not run.model.sight.query_time:
+    if not any(each.model.sight.query_time for each in runs):
         raise ConfigError(
             f"--at: the model of {run.path} does not look at the time of a request (model.query_time is False); "
             "leave it out"
@@ -268,21 +272,29 @@ def _told(count: int, what: str) -> list[str]:
     return [f"{count:,} {what}"] if count else []
 
 
-def _manifest(run: Run, options: ScoreOptions, weights: str) -> dict[str, Any]:
+def _manifest(runs: Sequence[Run], options: ScoreOptions, weights: Sequence[str]) -> dict[str, Any]:
+    run, *others = (
+        {
+            "config": hashlib.sha256(configs.to_json(each.config).encode()).hexdigest(),
+            "workdir": each.path.absolute().name,
+            "step": each.step,
+            "weights": digest,
+        }
+        for each, digest in zip(runs, weights, strict=True)
+    )
+    new = runs[0].new
     users = None if options.users is None else hashlib.sha256(options.users.read_bytes()).hexdigest()
     return {
         "format": 1,
-        "dataset": run.dataset.content,
-        "config": hashlib.sha256(configs.to_json(run.config).encode()).hexdigest(),
-        "workdir": run.path.absolute().name,
-        "step": run.step,
-        "weights": weights,
+        "dataset": runs[0].dataset.content,
+        **run,
         "k": options.k,
         "filter_seen": options.filter_seen,
         "split": options.split,
         "users": users,
         **({} if options.at is None else {"at": options.at}),
-        **({} if run.new is None else {"items": _of_table(run.new.table)}),
+        **({} if new is None else {"items": _of_table(new.table)}),
+        **({"with": others} if others else {}),
     }
 
 

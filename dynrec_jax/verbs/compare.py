@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 
 SHOWN = ("ndcg@10", "recall@10", "recall@50", "mrr")
 WIDE = 150  # columns of the table in a file
-# What two runs must have in common for their numbers to be of the same queries.
-PROTOCOL = tuple(
-    f"evaluation.{name}"
-    for name in ("split", "holdout", "validation_from", "test_from", "targets", "filter_seen")
-)
-DATA = ("data.target_events", "data.cold_items")
 
 
 def define_flags() -> flags.FlagValues:
@@ -110,16 +104,16 @@ def measure(
 ) -> tuple[list["Compared"], dict[str, Any]]:
     """What `show` and `write` take: the rows, and the protocol that they have in common."""
     from dynrec_jax import workdir as workdirs
-    from dynrec_jax.config import flat
     from dynrec_jax.data.cache import Histories
     from dynrec_jax.data.pipeline import make_splits
     from dynrec_jax.evaluate.baselines.learned import Learning
     from dynrec_jax.evaluate.comparison import Entry, baseline_entries, compare
     from dynrec_jax.evaluate.evaluator import Evaluator, asked
+    from dynrec_jax.score.several import check_same
 
     first_path = groups[0][0]
     configs = {path: workdirs.open_config(path) for group in groups for path in group}
-    _check_same({path: flat(config) for path, config in configs.items()}, first_path)
+    check_same(configs)
     keep_programs(configs[first_path], cache_dir, ALONE)
     first = workdirs.open(first_path, step, dataset)
     histories = Histories(first.dataset, cache_dir or first.config.data.cache_dir)
@@ -150,16 +144,6 @@ def measure(
     protocol = {**test.protocol(), "queries": test.users, "catalogue": first.dataset.items, "asked": which}
     del protocol["query_time"]
     return compare(entries, test.users_U, test.ks), protocol
-
-
-def _check_same(configs: dict[Path, dict[str, Any]], first: Path) -> None:
-    for path, config in configs.items():
-        for key in (*PROTOCOL, *DATA):
-            if config[key] != configs[first][key]:
-                raise ConfigError(
-                    f"{path}: {key} is {config[key]!r}, of {first} it is {configs[first][key]!r}; "
-                    "numbers of different protocols cannot be compared"
-                )
 
 
 def _names(groups: list[list[Path]]) -> list[str]:

@@ -1,6 +1,7 @@
 """Measures a run on the whole catalogue, beside its baselines; prints a table and writes JSON."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dynrec_jax.verbs import drift, prequential
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.telling import teller
 
+WITH = "other runs of the same dataset, with commas: their scores count too, an ensemble"
 SHOWN = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "mrr", "coverage@10")
 
 
@@ -36,6 +38,7 @@ def define_flags() -> flags.FlagValues:
         lower_bound=0,
         flag_values=values,
     )
+    flags.DEFINE_string("with", None, WITH, flag_values=values)
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
     flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
@@ -51,6 +54,10 @@ def run(values: flags.FlagValues) -> None:
     if (values.drift or values.prequential) and processes.count > 1:
         name = "drift" if values.drift else "prequential"
         raise ConfigError(f"--{name}: is measured by one process, and this is one of several; start one")
+    others = paths_of(values["with"].value)
+    if others and (values.drift or values.prequential):
+        name = "drift" if values.drift else "prequential"
+        raise ConfigError(f"--{name}: is of one run; leave --with out")
     if values.prequential:
         if values.drift or values.split != "test":
             raise ConfigError(
@@ -59,7 +66,14 @@ def run(values: flags.FlagValues) -> None:
         _walk(Path(values.workdir), values.prequential, step, values.dataset, values.cache_dir)
         return
     result = measure(
-        Path(values.workdir), values.split, step, values.dataset, values.cache_dir, processes, values.drift
+        Path(values.workdir),
+        values.split,
+        step,
+        values.dataset,
+        values.cache_dir,
+        processes,
+        values.drift,
+        others,
     )
     if not processes.first:
         return
@@ -67,8 +81,7 @@ def run(values: flags.FlagValues) -> None:
     show(result)  # first: numbers that took long must not be lost with a folder that cannot be written
     if parts is not None:
         drift.show(parts)
-    write(Path(values.workdir), result)
-    print(f"written to {values.workdir}/evaluation/{values.split}.json")
+    print(f"written to {write(Path(values.workdir), result)}")
     if parts is not None:
         print("written to " + " and ".join(map(str, drift.write(Path(values.workdir), parts))))
 
@@ -92,6 +105,14 @@ def parse_step(text: str) -> str | int:
     return int(text)
 
 
+def paths_of(text: str | None) -> list[Path]:
+    """The run folders of `--with`; raises ConfigError for an empty name."""
+    names = [name.strip() for name in text.split(",")] if text is not None else []
+    if not all(names):
+        raise ConfigError(f"--with={text}: expected run folders with a comma between two")
+    return [Path(name) for name in names]
+
+
 def measure(
     workdir: Path,
     which: str,
@@ -100,10 +121,12 @@ def measure(
     cache_dir: str | None = None,
     processes: Processes = ALONE,
     parts: bool = False,
+    others: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Metrics, baselines and protocol, as `write` writes them; several processes share the users.
 
-    With `parts`, "drift" is what `verbs.drift` measures.
+    With `parts`, "drift" is what `verbs.drift` measures. With `others`, lists are those of all these runs together, and
+    "together" says which they are.
     """
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.data.cache import Histories
@@ -111,10 +134,12 @@ def measure(
     from dynrec_jax.evaluate.evaluator import Evaluator
     from dynrec_jax.evaluate.oracle import oracle_lists, synthetic_spec
     from dynrec_jax.parallel.mesh import feed
+    from dynrec_jax.score.several import described, lists_of, open_with
 
     processes.start_jax()
     keep_programs(processes.agree(lambda: workdirs.open_config(workdir)), cache_dir, processes)
     opened = workdirs.open(workdir, step, dataset, processes, say=teller(processes))
+    runs = open_with(opened, others, step, dataset, processes, say=teller(processes))
     own = feed(opened.mesh, processes.index)
     shards = range(own.part, opened.dataset.shards, own.parts)
     histories = processes.agree(
@@ -124,7 +149,7 @@ def measure(
     evaluator = Evaluator(
         histories, splits, which, opened.model, opened.config, opened.mesh, processes, opened.items
     )
-    lists = evaluator.recommender.prepare(opened.params, opened.tables)
+    lists = lists_of(runs, evaluator.recommender.k, opened.config.evaluation.filter_seen, processes)
     result: dict[str, Any] = {
         "split": which,
         "users": evaluator.users,
@@ -140,21 +165,30 @@ def measure(
     if spec is not None:
         result["oracle"] = evaluator.metrics_of(oracle_lists(spec, opened.dataset, evaluator.recommender.k))
     result["dataset"] = opened.dataset.content
+    if others:
+        result["together"] = described(runs)
+        result["protocol"]["query_time"] = any(run.config.model.query_time for run in runs)
     if parts:
         result["drift"] = drift.measure(opened, evaluator, lists)
     return result
 
 
-def write(workdir: Path, result: dict[str, Any]) -> None:
-    """Writes `evaluation/<split>.json`; raises MachineError where it cannot."""
+def write(workdir: Path, result: dict[str, Any]) -> Path:
+    """Writes `evaluation/<split>.json`, or `<split>_together.json` of several runs; returns which.
+
+    Raises:
+      MachineError: it cannot be written.
+    """
     from dynrec_jax.files import write_whole
 
-    path = workdir / "evaluation" / f"{result['split']}.json"
+    name = f"{result['split']}_together" if "together" in result else result["split"]
+    path = workdir / "evaluation" / f"{name}.json"
     try:
         path.parent.mkdir(exist_ok=True)
         write_whole(path, json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise MachineError(f"{path}: cannot be written ({error})") from None
+    return path
 
 
 def show(result: dict[str, Any]) -> None:
@@ -169,6 +203,8 @@ def show(result: dict[str, Any]) -> None:
     )
     asked = "queries" if protocol.get("targets") == "all" else "users"
     title = f"{result['split']}: {result['users']:,} {asked}, {result['catalogue']:,} items"
+    if "together" in result:
+        title += f"; {len(result['together'])} models together"
     table = Table(title=title, caption=caption)
     table.add_column("metric")
     for name in columns:

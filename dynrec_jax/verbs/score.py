@@ -11,7 +11,7 @@ from absl import flags
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import join
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
-from dynrec_jax.verbs.evaluate import parse_step
+from dynrec_jax.verbs.evaluate import WITH, parse_step, paths_of
 from dynrec_jax.verbs.telling import teller
 
 
@@ -43,6 +43,7 @@ def define_flags() -> flags.FlagValues:
         "model.query_time [the time of the last event]",
         flag_values=values,
     )
+    flags.DEFINE_string("with", None, WITH, flag_values=values)
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
     flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
@@ -57,8 +58,9 @@ def run(values: flags.FlagValues) -> None:
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.evaluate.evaluator import LIST_LENGTH
     from dynrec_jax.score.job import ScoreOptions, score
+    from dynrec_jax.score.several import open_with
 
-    step = parse_step(values.step)
+    step, others = parse_step(values.step), paths_of(values["with"].value)
     processes = join()
     processes.start_jax()
     keep_programs(
@@ -66,6 +68,9 @@ def run(values: flags.FlagValues) -> None:
     )
     opened = workdirs.open(
         values.workdir, step, values.dataset, processes, values["items"].value, teller(processes)
+    )
+    runs = open_with(
+        opened, others, step, values.dataset, processes, values["items"].value, teller(processes)
     )
     options = ScoreOptions(
         k=min(LIST_LENGTH, opened.items.number) if values.k is None else values.k,
@@ -75,7 +80,7 @@ def run(values: flags.FlagValues) -> None:
         cache_dir=values.cache_dir or "",
         at=None if values.at is None else parse_moment(values.at),
     )
-    done = score(opened, Path(values.out), options, processes)
+    done = score(opened, Path(values.out), options, processes, runs[1:])
     if not processes.first:
         return
     told = f" ({done['skipped']} were there already)" if done["skipped"] else ""

@@ -8,7 +8,8 @@
 Where the data does not lie where the experiment file says, name it as a reader would, `--config.dataset=data/shop`, and
 it stands in the command; an absolute path does not. The folder must be of a run of that experiment file and of nothing
 else: what the file says now and what the run was trained with are compared, and a difference ends the program with
-status 2. Start it from the commit that trained. Only metrics over all users are kept.
+status 2. Start it from the commit that trained. With `--with=runs/beauty/seed1,runs/beauty/seed2`, which `dynrec
+evaluate` had too, it keeps what these seeds reach together. Only metrics over all users are kept.
 """
 
 import datetime
@@ -18,6 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from absl import flags
 from dynrec_jax import config as configs
 from dynrec_jax.errors import ConfigError, UserError
 from dynrec_jax.files import write_whole
+from dynrec_jax.verbs.evaluate import paths_of
 from dynrec_jax.verbs.experiment import define_config, read_config
 
 RESULTS = Path(__file__).resolve().parent
@@ -40,6 +43,7 @@ NOT_METRICS = (
     "oracle",
     "drift",
     "cold",
+    "together",
 )
 MOVABLE = ("dataset", "data.cache_dir", "compiled_dir")  # where things lie on a machine
 
@@ -54,14 +58,18 @@ def main(arguments: list[str]) -> int:
     flags.DEFINE_string(
         "name", None, "of the experiment; default: the file's, with its argument", flag_values=values
     )
+    flags.DEFINE_string("with", None, "run folders of other seeds, as of `evaluate`", flag_values=values)
     try:
         values(["record.py", *arguments])
         config = read_config(values)
         if not values.workdir:
             raise ConfigError("--workdir is missing; expected the folder of the experiment's run")
         file, _, argument = values["config"].value.partition(":")
-        named = values.name or "_".join(filter(None, [Path(file).stem, argument]))
-        result = recorded(Path(values.workdir), config, arguments, named)
+        others = paths_of(values["with"].value)
+        named = values.name or "_".join(
+            filter(None, [Path(file).stem, argument, "together" if others else None])
+        )
+        result = recorded(Path(values.workdir), config, arguments, named, others)
     except (flags.Error, UserError) as error:
         sys.stderr.write(f"record: {error}\n")
         return 2
@@ -72,36 +80,32 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def recorded(workdir: Path, config: Any, arguments: list[str], named: str) -> dict[str, Any]:
-    """What is kept of a run of the experiment `named`.
+def recorded(
+    workdir: Path, config: Any, arguments: list[str], named: str, others: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """What is kept of a run of the experiment `named`, or of this run and `others`, its other seeds, together.
 
     Raises:
       ConfigError: the run is of another config, or was not evaluated on both splits with its best checkpoint.
     """
-    trained = _movable_left_out(configs.flat(configs.from_json(workdir / "config.json")))
     stated = _movable_left_out(configs.flat(config))
-    if differing := sorted(key for key in stated if stated[key] != trained.get(key)):
-        told = ", ".join(f"{key}: {trained.get(key)!r}, not {stated[key]!r}" for key in differing)
-        raise ConfigError(
-            f"{workdir}: was not trained by this experiment file ({told}); train it, or name another"
-        )
-    measured = {split: _measured(workdir, split) for split in ("validation", "test")}
+    seeds = [_seed_of(path, stated, path != workdir) for path in (workdir, *others)]
+    measured = {split: _measured(workdir, split, others) for split in ("validation", "test")}
     if len({(each["step"], each["dataset"]) for each in measured.values()}) > 1:
         raise ConfigError(f"{workdir}: the two splits were measured at different steps; evaluate both anew")
     test = measured["test"]
     return {
-        "command": _command(arguments, named, config.seed),
+        "command": _command(arguments, named, seeds),
         "config": stated,
         "commit": _commit(),
-        "date": datetime.datetime.fromtimestamp(
-            (workdir / "evaluation" / "test.json").stat().st_mtime, datetime.UTC
-        )
+        "date": datetime.datetime.fromtimestamp(_file(workdir, "test", others).stat().st_mtime, datetime.UTC)
         .date()
         .isoformat(),
         "machine": _machine(),
         "content": test["dataset"],
         "protocol": {**test["protocol"], "users": test["users"], "catalogue": test["catalogue"]},
         "step": test["step"],
+        **({"together": seeds} if others else {}),
         "validation": _metrics(measured["validation"]),
         "test": _metrics(test),
         "baselines": {name: _metrics(each) for name, each in test["baselines"].items()},
@@ -116,30 +120,62 @@ def _movable_left_out(flat: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _measured(workdir: Path, split: str) -> dict[str, Any]:
-    path = workdir / "evaluation" / f"{split}.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+def _seed_of(workdir: Path, stated: dict[str, Any], another: bool) -> int:
+    """The seed of a run that must be of the stated config, or of it with another seed."""
+    trained = _movable_left_out(configs.flat(configs.from_json(workdir / "config.json")))
+    keys = [key for key in stated if not (another and key == "seed")]
+    if differing := sorted(key for key in keys if stated[key] != trained.get(key)):
+        told = ", ".join(f"{key}: {trained.get(key)!r}, not {stated[key]!r}" for key in differing)
         raise ConfigError(
-            f"{path}: {error}; run `dynrec evaluate --workdir={workdir} --split={split}` first"
-        ) from None
+            f"{workdir}: was not trained by this experiment file ({told}); train it, or name another"
+        )
+    return int(trained["seed"])
+
+
+def _file(workdir: Path, split: str, others: Sequence[Path]) -> Path:
+    return workdir / "evaluation" / f"{split}{'_together' if others else ''}.json"
+
+
+def _measured(workdir: Path, split: str, others: Sequence[Path]) -> dict[str, Any]:
+    path = _file(workdir, split, others)
+    flag = f" --with={','.join(map(str, others))}" if others else ""
+    again = f"run `dynrec evaluate --workdir={workdir} --split={split}{flag}` first"
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}; {again}") from None
+    names = [each["workdir"] for each in found.get("together", [])]
+    if others and names != [each.absolute().name for each in (workdir, *others)]:
+        raise ConfigError(f"{path}: is of {', '.join(names)} together; {again}")
+    return found
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in result.items() if name not in NOT_METRICS}
 
 
-def _command(arguments: list[str], named: str, seed: int) -> str:
+def _command(arguments: list[str], named: str, seeds: list[int]) -> str:
     """One line that trains and measures the same again; where things lie on this machine is left out."""
 
     def kept(flag: str) -> bool:
         name, _, value = flag.partition("=")
-        return name.startswith("--config") and (name[9:] not in MOVABLE or not Path(value).is_absolute())
+        return (
+            name.startswith("--config")
+            and name != "--config.seed"
+            and (name[9:] not in MOVABLE or not Path(value).is_absolute())
+        )
 
-    flags_of_config = list(filter(kept, arguments))
-    workdir = shlex.quote(f"runs/{named}/seed{seed}")
-    return f"dynrec train {shlex.join(flags_of_config)} --workdir={workdir} && dynrec evaluate --workdir={workdir}"
+    # The folders of several seeds are those that each has for itself.
+    folders = [f"runs/{named.removesuffix('_together')}/seed{seed}" for seed in seeds]
+    trained = [
+        shlex.join(
+            ["dynrec", "train", *filter(kept, arguments), f"--config.seed={seed}", f"--workdir={folder}"]
+        )
+        for seed, folder in zip(seeds, folders, strict=True)
+    ]
+    measured = ["dynrec", "evaluate", f"--workdir={folders[0]}"]
+    measured += [f"--with={','.join(folders[1:])}"] if folders[1:] else []
+    return " && ".join([*trained, shlex.join(measured)])
 
 
 def _commit() -> str:

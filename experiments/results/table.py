@@ -40,9 +40,13 @@ def row(model: str, seeds: list[dict[str, Any]]) -> list[str]:
     """The cells of an experiment's row."""
     test = [each["test"] for each in seeds]
     date = max(each["date"] for each in seeds)
-    numbers = ", ".join(str(each["config"]["seed"]) for each in seeds)
-    command = re.sub(r"(--config\.seed=)\d+", r"\1K", seeds[0]["command"])
-    command = command.replace(f"/seed{seeds[0]['config']['seed']}", "/seedK")
+    command = seeds[0]["command"]
+    if together := seeds[0].get("together"):
+        numbers = " + ".join(map(str, together))
+    else:
+        numbers = ", ".join(str(each["config"]["seed"]) for each in seeds)
+        command = re.sub(r"(--config\.seed=)\d+", r"\1K", command)
+        command = command.replace(f"/seed{seeds[0]['config']['seed']}", "/seedK")
     return [
         model,
         numbers,

@@ -100,6 +100,19 @@ def test_a_row_is_the_mean_of_its_seeds_with_their_deviation():
     assert table.row("a model", seeds[:1])[2:5] == ["0.2000", "0.1000", "0.1000"]
 
 
+def test_differences_are_between_equal_seeds_in_percent_of_the_first_row():
+    table = program("table")
+
+    def seeds(values: dict[int, float]) -> list[dict[str, Any]]:
+        return [{"config": {"seed": seed}, "test": {"ndcg@10": value}} for seed, value in values.items()]
+
+    first = seeds({0: 0.10, 1: 0.20, 2: 0.90})
+    # 0.09 - 0.10 and 0.22 - 0.20, of a mean of 0.15: -6.67 % and 13.33 %
+    assert table.difference(seeds({0: 0.09, 1: 0.22}), first) == "+3.3 ± 14.1 %"
+    assert table.difference(seeds({2: 0.81}), first) == "-10.0 %"
+    assert table.difference(seeds({7: 0.81}), first) == ""
+
+
 def test_the_tables_replace_what_stands_between_the_marks_alone():
     table = program("table")
     text = "before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n"

@@ -1,6 +1,7 @@
 """Seconds from a command to the end of its first step, at the first start and at the second, by phase.
 
-    python experiments/benchmarks/start.py --dataset=data/ml-1m [--config=experiments/ml1m.py] [--rounds=3] [--out=FILE]
+    python experiments/benchmarks/start.py --dataset=data/ml-1m [--config=experiments/default.py] [--rounds=3]
+        [--out=FILE]
 
 A round is `dynrec train` up to its first step, twice, each in a new process and a new run folder. The first starts with
 an empty cache: it builds the memory-mapped histories and compiles; the second finds both. What the system keeps of
@@ -102,7 +103,7 @@ def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--config", default=str(Path(__file__).resolve().parents[1] / "ml1m.py"))
+    parser.add_argument("--config", default=str(Path(__file__).resolve().parents[1] / "default.py"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out")
     arguments = parser.parse_args()

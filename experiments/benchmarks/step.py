@@ -4,7 +4,7 @@
         [--source=KIND:PATH | --dataset=FOLDER]
 
 The step is the one that `dynrec train` compiles, fed by the input pipeline; the experiment file is
-`experiments/ml1m.py` unless another is given, and the data synthetic, of MovieLens-1M's size. Two tables: with the
+`experiments/default.py` unless another is given, and the data synthetic, of MovieLens-1M's size. Two tables: with the
 data's own lengths, packed into rows as in training; and without waste by padding, with windows that are all full and
 about as many targets in fewer rows. Each has, by part of the step:
 
@@ -320,7 +320,7 @@ def read_flags(arguments: list[str]) -> flags.FlagValues:
     flags.DEFINE_string("source", SYNTHETIC, "KIND:PATH to prepare", flag_values=values)
     flags.DEFINE_string("dataset", None, "a dataset folder in place of --source", flag_values=values)
     flags.DEFINE_integer("steps", 10, "steps without the trace", lower_bound=2, flag_values=values)
-    values.set_default("config", str(Path(__file__).resolve().parents[1] / "ml1m.py"))
+    values.set_default("config", str(Path(__file__).resolve().parents[1] / "default.py"))
     try:
         rest = values(["step.py", *arguments])
     except flags.Error as error:

@@ -4,7 +4,7 @@
     python experiments/results/table.py --write    # puts them into README.md, between their marks
 
 A row of rows.json names an experiment, whose seeds are its files, and says in words what was trained on what. Metrics,
-seeds, dates and commands come from the files alone.
+seeds, dates and commands come from the files alone. `differences` of a table sets each row beside the first.
 """
 
 import json
@@ -57,6 +57,25 @@ def row(model: str, seeds: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def difference(seeds: list[dict[str, Any]], first: list[dict[str, Any]]) -> str:
+    """`-3.5 %`: ndcg@10 on test beside that of the table's first row, by the mean of the seeds that both have.
+
+    Behind it, of several seeds, the deviation of their differences: what both owe to a seed is no difference.
+    """
+    base = {each["config"]["seed"]: each["test"]["ndcg@10"] for each in first}
+    pairs = [
+        (each["test"]["ndcg@10"], base[each["config"]["seed"]])
+        for each in seeds
+        if each["config"]["seed"] in base
+    ]
+    if not pairs:
+        return ""
+    level = statistics.mean(value for _, value in pairs)
+    apart = [100 * (value - other) / level for value, other in pairs]
+    told = f"{statistics.mean(apart):+.1f}"
+    return f"{told} ± {statistics.stdev(apart):.1f} %" if len(apart) > 1 else f"{told} %"
+
+
 def baseline(name: str, seeds: list[dict[str, Any]]) -> list[str]:
     """The cells of a baseline's row: the same for every seed."""
     numbers = seeds[0]["baselines"][name]
@@ -98,11 +117,15 @@ def tables() -> str:
                 f"table: {group['data']}: the rows are of different datasets: {', '.join(contents)}"
             )
         first = next(iter(seeds.values()))
-        lines = [f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
-        for each in group["rows"]:
-            lines.append(f"| {' | '.join(row(each['model'], seeds[each['experiment']]))} |")
-        for name in group.get("baselines", []):
-            lines.append(f"| {' | '.join(baseline(name, first))} |")
+        cells = [list(HEAD)]
+        cells += [row(each["model"], seeds[each["experiment"]]) for each in group["rows"]]
+        cells += [baseline(name, first) for name in group.get("baselines", [])]
+        if group.get("differences"):
+            apart = [difference(seeds[each["experiment"]], first) for each in group["rows"][1:]]
+            for line, told in zip(cells, ["difference", "", *apart], strict=True):
+                line.insert(-1, told)
+        lines = [f"| {' | '.join(line)} |" for line in cells]
+        lines.insert(1, "|" + " --- |" * len(cells[0]))
         title = f"**{group['data']}** ({protocol(first)})."
         parts.append("\n".join([" ".join(filter(None, [title, group.get("note", "")])), "", *lines]))
     return "\n\n".join(parts)

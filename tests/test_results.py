@@ -131,6 +131,7 @@ def run_folder(at: Path, experiment: Path, **changes: Any) -> Path:
             "split": split, "users": 7, "catalogue": 9, "step": 40, "dataset": "abc", "ndcg@10": value,
             "recall@10": 2 * value, "protocol": {"split": "leave_one_out"}, "cold": {"users": 1.0},
             "baselines": {"popularity": {"ndcg@10": 0.1, "recall@10": 0.1}},
+            "oracle": {"ndcg@10": 0.7, "recall@10": 0.8},
         }  # fmt: skip
         (at / "evaluation" / f"{split}.json").write_text(json.dumps(result))
     return at
@@ -173,6 +174,7 @@ def test_a_run_is_recorded_with_the_command_that_makes_it(
         f"dynrec train --config={experiment_file} --config.data.prefetch=2 --config.data.cache_dir=cache "
         "--config.seed=2 --workdir=runs/shop/seed2 && dynrec evaluate --workdir=runs/shop/seed2"
     )
+    assert result["baselines"]["oracle"] == {"ndcg@10": 0.7, "recall@10": 0.8}
     assert "dataset" not in result["config"]
     for key, value in stated(result["command"]).items():
         assert result["config"].get(key, value) == json.loads(json.dumps(value)), key

@@ -108,7 +108,7 @@ def recorded(
         **({"together": seeds} if others else {}),
         "validation": _metrics(measured["validation"]),
         "test": _metrics(test),
-        "baselines": {name: _metrics(each) for name, each in test["baselines"].items()},
+        "baselines": {name: _metrics(each) for name, each in {**test["baselines"], **_oracle(test)}.items()},
     }
 
 
@@ -118,6 +118,11 @@ def _movable_left_out(flat: dict[str, Any]) -> dict[str, Any]:
         for key, value in flat.items()
         if key not in MOVABLE
     }
+
+
+def _oracle(test: dict[str, Any]) -> dict[str, Any]:
+    """The best possible, where the data was generated and it is known."""
+    return {"oracle": test["oracle"]} if "oracle" in test else {}
 
 
 def _seed_of(workdir: Path, stated: dict[str, Any], another: bool) -> int:

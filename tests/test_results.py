@@ -156,7 +156,9 @@ def test_a_run_is_recorded_with_the_command_that_makes_it(
     record = program("record")
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(record, "_commit", lambda: "0" * 40)
-    workdir = run_folder(tmp_path / "a run", experiment_file, seed=2, dataset="/elsewhere", data__prefetch=2)
+    changes = {"seed": 2, "dataset": "/elsewhere", "data__prefetch": 2}
+    # What would describe an item besides its id does not matter to ids alone.
+    workdir = run_folder(tmp_path / "a run", experiment_file, **changes, item__text_rate=0.75)
     given = [
         f"--config={experiment_file}",
         "--config.seed=2",

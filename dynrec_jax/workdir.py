@@ -203,6 +203,11 @@ def open_config(path: Path) -> ml_collections.ConfigDict:
     return configs.from_json(path / "config.json")
 
 
+def content_of(path: Path) -> str:
+    """The content hash of the dataset that a run folder is of; raises DataError where it is damaged."""
+    return str(_record(path)["dataset"]["content"])
+
+
 def open(
     path: str | Path,
     step: str | int = "best",
@@ -291,9 +296,9 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _check_fingerprint(path: Path, dataset: Dataset) -> None:
-    record = _record(path)
-    if record["dataset"]["content"] != dataset.content:
+    content = content_of(path)
+    if content != dataset.content:
         raise DataError(
-            f"{path}: was trained on dataset {record['dataset']['content'][:12]}, and {dataset.path} is "
+            f"{path}: was trained on dataset {content[:12]}, and {dataset.path} is "
             f"{dataset.content[:12]}; give the dataset folder that it was trained on"
         )

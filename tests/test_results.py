@@ -110,6 +110,8 @@ def test_differences_are_between_equal_seeds_in_percent_of_the_first_row():
     # 0.09 - 0.10 and 0.22 - 0.20, of a mean of 0.15: -6.67 % and 13.33 %
     assert table.difference(seeds({0: 0.09, 1: 0.22}), first) == "+3.3 ± 14.1 %"
     assert table.difference(seeds({2: 0.81}), first) == "-10.0 %"
+    assert table.difference(seeds({2: 0.81, 3: 0.5}), first) == "-10.0 % (seed 2)"
+    assert table.difference([{**first[0], "together": [0, 1]}], first) == "", "several models beside one"
     assert table.difference(seeds({7: 0.81}), first) == ""
 
 
@@ -197,16 +199,25 @@ def test_seeds_that_recommend_together_are_recorded_as_one(
     ]
     assert record.main(given) == 2
     assert f"--split=validation --with={workdirs[1]}` first" in capsys.readouterr().err
-    for split, named in (("validation", "seed5"), ("test", "seed4")):
+
+    def measured(split: str, other: Path, step: int) -> None:
         result = json.loads((workdirs[0] / "evaluation" / f"{split}.json").read_text())
         result["ndcg@10"] = 0.4
-        result["together"] = [{"workdir": "seed1", "step": 40}, {"workdir": named, "step": 40}]
+        result["together"] = [
+            {"workdir": str(workdirs[0]), "step": 40},
+            {"workdir": str(other), "step": step},
+        ]
         (workdirs[0] / "evaluation" / f"{split}_together.json").write_text(json.dumps(result))
+
+    measured("validation", workdirs[1], 40)
+    measured("test", tmp_path / "seed4", 40)
     assert record.main(given) == 2
-    assert "is of seed1, seed4 together" in capsys.readouterr().err
-    result["together"][1]["workdir"] = "seed5"
-    (workdirs[0] / "evaluation" / "test_together.json").write_text(json.dumps(result))
-    assert record.main(given) == 0
+    assert f"{workdirs[0]}, {tmp_path / 'seed4'} together; run `dynrec evaluate" in capsys.readouterr().err
+    measured("test", workdirs[1], 20)
+    assert record.main(given) == 2
+    assert "measured at different steps" in capsys.readouterr().err
+    measured("test", workdirs[1], 40)
+    assert record.main([*given, "--name=shop"]) == 0, "a name of its own, beside that of single seeds"
     result = json.loads((tmp_path / "shop_together" / "seed1.json").read_text())
     assert (result["together"], result["test"]) == ([1, 5], {"ndcg@10": 0.4, "recall@10": 0.4})
     assert result["command"] == (
@@ -216,6 +227,9 @@ def test_seeds_that_recommend_together_are_recorded_as_one(
     )
     cells = table.row("two", [result])
     assert (cells[1], cells[5]) == ("1 + 5", f"`{result['command']}`, {result['date']}")
+    again = run_folder(tmp_path / "again", experiment_file, seed=1)
+    assert record.main([*given[:3], f"--with={again}"]) == 2
+    assert "the seeds are 1, 1; expected each once" in capsys.readouterr().err
     other = run_folder(tmp_path / "other", experiment_file, seed=5, model__dropout=0.75)
     assert record.main([*given[:3], f"--with={other}"]) == 2
     assert "model.dropout: 0.75, not 0.0" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """Evaluation: the whole catalogue ranked for every user that has a target, with its protocol and baselines."""
 
-from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -14,7 +13,7 @@ from dynrec_jax.data.pipeline import time_cuts
 from dynrec_jax.errors import ConfigError, DataError
 from dynrec_jax.evaluate.metrics import Coverage, rank_counts, ranking_metrics, ranks
 from dynrec_jax.evaluate.popular import popularity_counts
-from dynrec_jax.evaluate.recommender import Lists, Recommender, fixed_lists, groups
+from dynrec_jax.evaluate.recommender import ListMaker, Recommender, fixed_lists, groups
 from dynrec_jax.models.features import Items
 from dynrec_jax.models.model import Model
 from dynrec_jax.parallel.mesh import sum_of_parts
@@ -127,7 +126,7 @@ class Evaluator:
             result[name] = self.metrics_of(lists)
         return result
 
-    def cold(self, lists: Callable[..., Lists]) -> dict[str, float]:
+    def cold(self, lists: ListMaker) -> dict[str, float]:
         """How items are found that no training history has: metrics of the users whose target is one, and `users`.
 
         Empty where the config keeps no items apart, or nobody is asked for one.
@@ -139,7 +138,7 @@ class Evaluator:
         users = self._in_all(int(only_U.sum()))
         return {"users": users, **self.metrics_of(lists, only_U)} if users else {}
 
-    def ranks_of(self, lists: Callable[..., Lists]) -> np.ndarray:
+    def ranks_of(self, lists: ListMaker) -> np.ndarray:
         """float64, the place of each target that this process brings in its list, from 1; infinity where it is not."""
         found_U = np.full(len(self.users_U), np.inf)
         for part in self._parts:
@@ -147,7 +146,7 @@ class Evaluator:
             found_U[part] = ranks(made.ids, self.targets_U[part])
         return found_U
 
-    def metrics_of(self, lists: Callable[..., Lists], only_U: np.ndarray | None = None) -> dict[str, float]:
+    def metrics_of(self, lists: ListMaker, only_U: np.ndarray | None = None) -> dict[str, float]:
         """Metrics of what a function (histories, users, ends) -> Lists recommends; to some users alone, if told so."""
         k = self.recommender.k
         counts, coverage = np.zeros(k + 1, np.int64), Coverage(self._items, self.ks)

@@ -4,14 +4,12 @@ The mean of logits ranks as the product of the models' softmaxes does (Hinton, T
 since what a softmax divides by is the same for all items of a user.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from dynrec_jax.batch import PAD
-from dynrec_jax.evaluate.recommender import HistorySource, Lists
-
-ListMaker = Callable[[HistorySource, np.ndarray, np.ndarray], Lists]
+from dynrec_jax.evaluate.recommender import HistorySource, ListMaker, Lists
 
 FEWEST_OFFERED = 200  # items that each model offers, at least: twice what evaluation looks at
 
@@ -22,10 +20,7 @@ def offered(k: int, items: int) -> int:
 
 
 def joined(makers: Sequence[ListMaker], k: int) -> ListMaker:
-    """A function like `Recommender.prepare`'s, whose lists are those of `makers` joined.
-
-    What a model does not offer counts there as its last one that it does: at least what it would score. Equal means
-    rank by the lowest item.
+    """A function like `Recommender.prepare`'s, whose lists are those of `makers` joined (`mean_of`).
 
     Args:
       makers: of each model, longer than `k` (`offered`), all with or all without the items of the history.
@@ -39,31 +34,40 @@ def joined(makers: Sequence[ListMaker], k: int) -> ListMaker:
 
 
 def mean_of(several: Sequence[Lists], k: int) -> Lists:
-    """The `k` best items of each user by the mean of the scores in several lists, as `joined` says."""
-    users = len(several[0].ids)
-    result = Lists(np.full((users, k), PAD, np.int32), np.full((users, k), -np.inf, np.float32))
-    if users == 0:
-        return result
-    there = [lists.ids != PAD for lists in several]
-    lowest = [
-        np.where(some, lists.scores, np.inf).min(axis=1) for lists, some in zip(several, there, strict=True)
-    ]
-    lowest = [np.where(np.isfinite(each), each, 0.0).astype(np.float64) for each in lowest]
-    user = np.concatenate([np.nonzero(some)[0] for some in there])
-    item = np.concatenate([lists.ids[some] for lists, some in zip(several, there, strict=True)])
+    """The `k` best items of each user by the mean of the scores in several lists, `[U, k]`.
+
+    An item that a list does not hold counts there as the list's last one, which is at least what it would score. Equal
+    means rank by the lowest item.
+
+    Args:
+      several: each model's lists of the same U users, `[U, K]`; together of `k` items or more.
+      k: length of the joined lists.
+    """
+    lowest_MxU = [_lowest(lists) for lists in several]
+    ids = np.concatenate([lists.ids for lists in several], axis=1)
     # How far each item of each list is above that list's last one; nothing where it is not there.
-    above = [
-        (lists.scores - last[:, None])[some] for lists, last, some in zip(several, lowest, there, strict=True)
-    ]
-    beyond = int(item.max(initial=0)) + 1
-    pair, place = np.unique(user * beyond + item, return_inverse=True)
-    user, item = np.divmod(pair, beyond)
-    mean = np.bincount(place, weights=np.concatenate(above), minlength=len(pair))
-    mean = (mean + np.sum(lowest, axis=0)[user]) / len(several)
-    order = np.lexsort((item, -mean, user))
-    item, mean = item[order], mean[order]
-    rank = np.arange(len(user)) - np.searchsorted(user, user)  # its place among those of the same user
-    kept = rank < k
-    result.ids[user[kept], rank[kept]] = item[kept]
-    result.scores[user[kept], rank[kept]] = mean[kept]
-    return result
+    above = np.concatenate(
+        [
+            np.where(lists.ids != PAD, lists.scores - low_U[:, None], 0.0)
+            for lists, low_U in zip(several, lowest_MxU, strict=True)
+        ],
+        axis=1,
+        dtype=np.float64,
+    )
+    order = np.argsort(ids, axis=1, kind="stable")
+    ids, above = np.take_along_axis(ids, order, axis=1), np.take_along_axis(above, order, axis=1)
+    first = np.diff(ids, axis=1, prepend=-1) != 0  # of several places of an item, the first holds their sum
+    total = np.zeros_like(above)
+    if len(ids):
+        total[first] = np.add.reduceat(above.reshape(-1), np.flatnonzero(first))
+    mean = ((total + np.sum(lowest_MxU, axis=0)[:, None]) / len(several)).astype(np.float32)
+    mean = np.where(first & (ids != PAD), mean, -np.inf)
+    best = np.argsort(-mean, axis=1, kind="stable")[:, :k]
+    scores = np.take_along_axis(mean, best, axis=1)
+    return Lists(np.where(np.isfinite(scores), np.take_along_axis(ids, best, axis=1), PAD), scores)
+
+
+def _lowest(lists: Lists) -> np.ndarray:
+    """float64[U], the score of each list's last item; 0 of an empty one."""
+    last_U = np.where(lists.ids != PAD, lists.scores, np.inf).min(axis=1, initial=np.inf)
+    return np.where(np.isfinite(last_U), last_U, 0.0).astype(np.float64)

@@ -67,6 +67,10 @@ class Lists(NamedTuple):
     scores: np.ndarray
 
 
+# (source, users int64[U], the event number that each is asked for) -> their lists
+ListMaker = Callable[[HistorySource, np.ndarray, np.ndarray], Lists]
+
+
 class NonFiniteScores(NonFiniteError):
     """Scores, or the vectors behind them, are NaN or infinite; nothing can be ranked by them."""
 
@@ -162,7 +166,7 @@ class Recommender:
         with jax.set_mesh(self.mesh):
             return self._rank.trace(read, table_RxD, seen_BxM)
 
-    def prepare(self, params: Any, tables: Any) -> Callable[[HistorySource, np.ndarray, np.ndarray], Lists]:
+    def prepare(self, params: Any, tables: Any) -> ListMaker:
         """A function (source, users, ends) -> Lists for these variables.
 
         Raises:
@@ -298,7 +302,7 @@ def seen_width(length: int) -> int:
     return width
 
 
-def fixed_lists(recommender: Recommender, scores_R: np.ndarray, items: int, block: int) -> Any:
+def fixed_lists(recommender: Recommender, scores_R: np.ndarray, items: int, block: int) -> ListMaker:
     """As `Recommender.prepare`, for one score per item that is the same for every user (a baseline)."""
     table_Rx1 = place_same(sharding(recommender.mesh, "items", None), scores_R.astype(np.float32)[:, None])
 

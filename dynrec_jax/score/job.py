@@ -222,8 +222,8 @@ def _asked_at(runs: Sequence[Run], options: ScoreOptions, work: _Work) -> _Work:
         return work
     if not any(each.model.sight.query_time for each in runs):
         raise ConfigError(
-            f"--at: the model of {run.path} does not look at the time of a request (model.query_time is False); "
-            "leave it out"
+            f"--at: the model of {', '.join(str(each.path) for each in runs)} does not look at the time of a request "
+            "(model.query_time is False); leave it out"
         )
     if options.split != "all":
         raise ConfigError(
@@ -273,27 +273,26 @@ def _told(count: int, what: str) -> list[str]:
 
 
 def _manifest(runs: Sequence[Run], options: ScoreOptions, weights: Sequence[str]) -> dict[str, Any]:
-    run, *others = (
+    first, *others = (
         {
-            "config": hashlib.sha256(configs.to_json(each.config).encode()).hexdigest(),
-            "workdir": each.path.absolute().name,
-            "step": each.step,
+            "config": hashlib.sha256(configs.to_json(run.config).encode()).hexdigest(),
+            "workdir": run.path.absolute().name,
+            "step": run.step,
             "weights": digest,
+            **({} if run.new is None else {"items": _of_table(run.new.table)}),
         }
-        for each, digest in zip(runs, weights, strict=True)
+        for run, digest in zip(runs, weights, strict=True)
     )
-    new = runs[0].new
     users = None if options.users is None else hashlib.sha256(options.users.read_bytes()).hexdigest()
     return {
         "format": 1,
         "dataset": runs[0].dataset.content,
-        **run,
+        **first,
         "k": options.k,
         "filter_seen": options.filter_seen,
         "split": options.split,
         "users": users,
         **({} if options.at is None else {"at": options.at}),
-        **({} if new is None else {"items": _of_table(new.table)}),
         **({"with": others} if others else {}),
     }
 

@@ -1,6 +1,5 @@
 """Several runs of one dataset, such as the seeds of an experiment, that recommend together."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ import ml_collections
 from dynrec_jax import workdir as workdirs
 from dynrec_jax.config import flat
 from dynrec_jax.errors import ConfigError
-from dynrec_jax.evaluate.joined import ListMaker, joined, offered
-from dynrec_jax.evaluate.recommender import Recommender
+from dynrec_jax.evaluate.joined import joined, offered
+from dynrec_jax.evaluate.recommender import ListMaker, Recommender
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.workdir import Run
 
+FILTER_SEEN = "evaluation.filter_seen"
 # What runs must have in common for their numbers to be of the same queries.
 PROTOCOL = (
     *(
@@ -24,50 +24,73 @@ PROTOCOL = (
     "data.target_events",
     "data.cold_items",
 )
+# What they must have in common for none to have been trained on what another one is asked for.
+TRAINED = tuple(key for key in PROTOCOL if key != FILTER_SEEN)
 
 
-def check_same(configs: Mapping[Path, ml_collections.ConfigDict]) -> None:
-    """Refuses runs that were trained for other queries than the first one.
+def check_same(
+    configs: Mapping[Path, ml_collections.ConfigDict], why: str, keys: Sequence[str] = PROTOCOL
+) -> None:
+    """Refuses runs that differ from the first one in `keys`.
 
     Raises:
-      ConfigError: a run has another protocol; what differs is named.
+      ConfigError: what differs is named, and `why` it must not.
     """
     first, *others = configs
     expected = flat(configs[first])
     for path in others:
         found = flat(configs[path])
-        for key in PROTOCOL:
+        for key in keys:
             if found[key] != expected[key]:
                 raise ConfigError(
-                    f"{path}: {key} is {found[key]!r}, of {first} it is {expected[key]!r}; "
-                    "numbers of different protocols cannot be compared"
+                    f"{path}: {key} is {found[key]!r}, of {first} it is {expected[key]!r}; {why}"
                 )
 
 
-def open_with(
-    first: Run,
+def _check_together(paths: Sequence[Path]) -> None:
+    """Whether runs may recommend together, before any of them is opened."""
+    configs: dict[Path, ml_collections.ConfigDict] = {}
+    for path in paths:
+        if path.resolve() in [other.resolve() for other in configs]:
+            raise ConfigError(
+                f"--with: {path} is named twice, or as --workdir too; its lists would count twice"
+            )
+        configs[path] = workdirs.open_config(path)
+    contents = {path: workdirs.content_of(path) for path in paths}
+    for path, content in contents.items():
+        if content != contents[paths[0]]:
+            raise ConfigError(
+                f"{path}: was trained on another dataset than {paths[0]}; runs of one dataset can recommend together"
+            )
+    check_same(configs, "runs recommend together that were trained for the same queries", TRAINED)
+
+
+def open_together(
     paths: Sequence[Path],
-    step: str | int,
-    dataset: str | Path | None,
+    step: str | int = "best",
+    dataset: str | Path | None = None,
     processes: Processes = ALONE,
     items: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Run]:
-    """`first` and the runs that recommend with it; flags are those of `workdir.open`.
+    """Opens the runs of some folders, which recommend together; one alone as `workdir.open` does.
+
+    The other arguments are those of `workdir.open`. The dataset is where that of the first run lies, unless `dataset`
+    says where.
 
     Raises:
-      ConfigError: a run is there twice, is of another dataset or protocol, or `workdir.open` refuses it.
+      ConfigError: a run is named twice, is of another dataset, or was trained for other queries than the first.
+      DataError: one is no run folder, or has no such checkpoint; as `workdir.open`.
     """
-    runs = [first]
-    for path in paths:
-        if path.absolute() in [run.path.absolute() for run in runs]:
-            raise ConfigError(f"--with: {path} is named twice; its lists would count twice")
-        config = processes.agree(functools.partial(workdirs.open_config, path))
-        processes.agree(functools.partial(check_same, {first.path: first.config, path: config}))
-        # Where the first one's dataset lies is where theirs does: a run that was of another one is refused.
-        place = dataset or first.dataset.path
-        runs.append(workdirs.open(path, step, place, processes, items, say))
-    return runs
+    first, *others = paths
+    processes.check_same(
+        {"--with": [str(path) for path in others]}, "start all with the same runs in the same order"
+    )
+    if others:
+        processes.agree(lambda: _check_together(paths))
+    runs = [workdirs.open(first, step, dataset, processes, items, say)]
+    place = dataset or runs[0].dataset.path
+    return runs + [workdirs.open(path, step, place, processes, items, say) for path in others]
 
 
 def lists_of(runs: Sequence[Run], k: int, filter_seen: bool, processes: Processes = ALONE) -> ListMaker:
@@ -93,5 +116,5 @@ def lists_of(runs: Sequence[Run], k: int, filter_seen: bool, processes: Processe
 
 
 def described(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Which runs recommend together, for the output: folder and step of each."""
-    return [{"workdir": run.path.absolute().name, "step": run.step} for run in runs]
+    """Which runs recommend together, for the output: folder, step and seed of each."""
+    return [{"workdir": str(run.path), "step": run.step, "seed": int(run.config.seed)} for run in runs]

@@ -113,7 +113,7 @@ def measure(
 
     first_path = groups[0][0]
     configs = {path: workdirs.open_config(path) for group in groups for path in group}
-    check_same(configs)
+    check_same(configs, "numbers of different protocols cannot be compared")
     keep_programs(configs[first_path], cache_dir, ALONE)
     first = workdirs.open(first_path, step, dataset)
     histories = Histories(first.dataset, cache_dir or first.config.data.cache_dir)

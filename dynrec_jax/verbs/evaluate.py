@@ -49,15 +49,14 @@ def run(values: flags.FlagValues) -> None:
     """Prints the table and where the JSON went."""
     if not values.workdir:
         raise ConfigError("--workdir is missing; expected a run folder made by `dynrec train`")
-    step = parse_step(values.step)
+    step, others = parse_step(values.step), paths_of(values["with"].value)
     processes = join()
-    if (values.drift or values.prequential) and processes.count > 1:
+    if values.drift or values.prequential:
         name = "drift" if values.drift else "prequential"
-        raise ConfigError(f"--{name}: is measured by one process, and this is one of several; start one")
-    others = paths_of(values["with"].value)
-    if others and (values.drift or values.prequential):
-        name = "drift" if values.drift else "prequential"
-        raise ConfigError(f"--{name}: is of one run; leave --with out")
+        if processes.count > 1:
+            raise ConfigError(f"--{name}: is measured by one process, and this is one of several; start one")
+        if others:
+            raise ConfigError(f"--{name}: is of one run; leave --with out")
     if values.prequential:
         if values.drift or values.split != "test":
             raise ConfigError(
@@ -134,12 +133,12 @@ def measure(
     from dynrec_jax.evaluate.evaluator import Evaluator
     from dynrec_jax.evaluate.oracle import oracle_lists, synthetic_spec
     from dynrec_jax.parallel.mesh import feed
-    from dynrec_jax.score.several import described, lists_of, open_with
+    from dynrec_jax.score.several import described, lists_of, open_together
 
     processes.start_jax()
     keep_programs(processes.agree(lambda: workdirs.open_config(workdir)), cache_dir, processes)
-    opened = workdirs.open(workdir, step, dataset, processes, say=teller(processes))
-    runs = open_with(opened, others, step, dataset, processes, say=teller(processes))
+    runs = open_together([workdir, *others], step, dataset, processes, say=teller(processes))
+    opened = runs[0]
     own = feed(opened.mesh, processes.index)
     shards = range(own.part, opened.dataset.shards, own.parts)
     histories = processes.agree(

@@ -58,7 +58,7 @@ def run(values: flags.FlagValues) -> None:
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.evaluate.evaluator import LIST_LENGTH
     from dynrec_jax.score.job import ScoreOptions, score
-    from dynrec_jax.score.several import open_with
+    from dynrec_jax.score.several import open_together
 
     step, others = parse_step(values.step), paths_of(values["with"].value)
     processes = join()
@@ -66,21 +66,23 @@ def run(values: flags.FlagValues) -> None:
     keep_programs(
         processes.agree(lambda: workdirs.open_config(Path(values.workdir))), values.cache_dir, processes
     )
-    opened = workdirs.open(
-        values.workdir, step, values.dataset, processes, values["items"].value, teller(processes)
-    )
-    runs = open_with(
-        opened, others, step, values.dataset, processes, values["items"].value, teller(processes)
+    runs = open_together(
+        [Path(values.workdir), *others],
+        step,
+        values.dataset,
+        processes,
+        values["items"].value,
+        teller(processes),
     )
     options = ScoreOptions(
-        k=min(LIST_LENGTH, opened.items.number) if values.k is None else values.k,
+        k=min(LIST_LENGTH, runs[0].items.number) if values.k is None else values.k,
         filter_seen=values.filter_seen,
         split=values.split,
         users=Path(values.users) if values.users else None,
         cache_dir=values.cache_dir or "",
         at=None if values.at is None else parse_moment(values.at),
     )
-    done = score(opened, Path(values.out), options, processes, runs[1:])
+    done = score(runs[0], Path(values.out), options, processes, runs[1:])
     if not processes.first:
         return
     told = f" ({done['skipped']} were there already)" if done["skipped"] else ""

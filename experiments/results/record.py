@@ -45,6 +45,7 @@ NOT_METRICS = (
     "cold",
     "together",
 )
+TOGETHER = "_together"
 MOVABLE = ("dataset", "data.cache_dir", "compiled_dir")  # where things lie on a machine
 
 
@@ -66,9 +67,8 @@ def main(arguments: list[str]) -> int:
             raise ConfigError("--workdir is missing; expected the folder of the experiment's run")
         file, _, argument = values["config"].value.partition(":")
         others = paths_of(values["with"].value)
-        named = values.name or "_".join(
-            filter(None, [Path(file).stem, argument, "together" if others else None])
-        )
+        named = values.name or "_".join(filter(None, [Path(file).stem, argument]))
+        named += TOGETHER if others else ""
         result = recorded(Path(values.workdir), config, arguments, named, others)
     except (flags.Error, UserError) as error:
         sys.stderr.write(f"record: {error}\n")
@@ -90,8 +90,13 @@ def recorded(
     """
     stated = _movable_left_out(configs.flat(config))
     seeds = [_seed_of(path, stated, path != workdir) for path in (workdir, *others)]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--with: the seeds are {', '.join(map(str, seeds))}; expected each once")
     measured = {split: _measured(workdir, split, others) for split in ("validation", "test")}
-    if len({(each["step"], each["dataset"]) for each in measured.values()}) > 1:
+    steps = [
+        ([run["step"] for run in each.get("together", [each])], each["dataset"]) for each in measured.values()
+    ]
+    if steps[0] != steps[1]:
         raise ConfigError(f"{workdir}: the two splits were measured at different steps; evaluate both anew")
     test = measured["test"]
     return {
@@ -144,7 +149,7 @@ def _seed_of(workdir: Path, stated: dict[str, Any], another: bool) -> int:
 
 
 def _file(workdir: Path, split: str, others: Sequence[Path]) -> Path:
-    return workdir / "evaluation" / f"{split}{'_together' if others else ''}.json"
+    return workdir / "evaluation" / f"{split}{TOGETHER if others else ''}.json"
 
 
 def _measured(workdir: Path, split: str, others: Sequence[Path]) -> dict[str, Any]:
@@ -155,9 +160,9 @@ def _measured(workdir: Path, split: str, others: Sequence[Path]) -> dict[str, An
         found = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}; {again}") from None
-    names = [each["workdir"] for each in found.get("together", [])]
-    if others and names != [each.absolute().name for each in (workdir, *others)]:
-        raise ConfigError(f"{path}: is of {', '.join(names)} together; {again}")
+    runs = [each["workdir"] for each in found.get("together", [])]
+    if others and runs != [str(each) for each in (workdir, *others)]:
+        raise ConfigError(f"{path}: is of {', '.join(runs)} together; {again}")
     return found
 
 
@@ -177,7 +182,7 @@ def _command(arguments: list[str], named: str, seeds: list[int]) -> str:
         )
 
     # The folders of several seeds are those that each has for itself.
-    folders = [f"runs/{named.removesuffix('_together')}/seed{seed}" for seed in seeds]
+    folders = [f"runs/{named.removesuffix(TOGETHER)}/seed{seed}" for seed in seeds]
     trained = [
         shlex.join(
             ["dynrec", "train", *filter(kept, arguments), f"--config.seed={seed}", f"--workdir={folder}"]

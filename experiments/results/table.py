@@ -60,20 +60,23 @@ def row(model: str, seeds: list[dict[str, Any]]) -> list[str]:
 def difference(seeds: list[dict[str, Any]], first: list[dict[str, Any]]) -> str:
     """`-3.5 %`: ndcg@10 on test beside that of the table's first row, by the mean of the seeds that both have.
 
-    Behind it, of several seeds, the deviation of their differences: what both owe to a seed is no difference.
+    Behind it, of several seeds, the deviation of their differences: what both owe to a seed is no difference. Where the
+    first row lacks some of the seeds, those that it has are named.
     """
+    if "together" in seeds[0]:
+        return ""  # several models beside one
     base = {each["config"]["seed"]: each["test"]["ndcg@10"] for each in first}
-    pairs = [
-        (each["test"]["ndcg@10"], base[each["config"]["seed"]])
-        for each in seeds
-        if each["config"]["seed"] in base
-    ]
-    if not pairs:
+    both = [each for each in seeds if each["config"]["seed"] in base]
+    if not both:
         return ""
+    pairs = [(each["test"]["ndcg@10"], base[each["config"]["seed"]]) for each in both]
     level = statistics.mean(value for _, value in pairs)
     apart = [100 * (value - other) / level for value, other in pairs]
     told = f"{statistics.mean(apart):+.1f}"
-    return f"{told} ± {statistics.stdev(apart):.1f} %" if len(apart) > 1 else f"{told} %"
+    told += f" ± {statistics.stdev(apart):.1f} %" if len(apart) > 1 else " %"
+    if len(both) < len(seeds):
+        told += f" (seed {', '.join(str(each['config']['seed']) for each in both)})"
+    return told
 
 
 def baseline(name: str, seeds: list[dict[str, Any]]) -> list[str]:
@@ -122,6 +125,7 @@ def tables() -> str:
         cells += [baseline(name, first) for name in group.get("baselines", [])]
         if group.get("differences"):
             apart = [difference(seeds[each["experiment"]], first) for each in group["rows"][1:]]
+            apart += [""] * len(group.get("baselines", []))
             for line, told in zip(cells, ["difference", "", *apart], strict=True):
                 line.insert(-1, told)
         lines = [f"| {' | '.join(line)} |" for line in cells]

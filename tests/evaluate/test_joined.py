@@ -30,11 +30,20 @@ def test_equal_means_rank_by_the_lowest_item_and_ends_of_lists_name_none():
     assert found.scores.tolist() == [[0.5, 0.5, NO], [NO] * 3, [2.0, 2.0, NO]]
 
 
+def test_means_that_are_equal_as_they_are_stored_rank_by_the_lowest_item_too():
+    more = float(np.nextafter(np.float32(1), np.float32(2)))
+    found = mean_of([lists([[9, 5]], [[more, 1.0]]), lists([[5, 9]], [[1.0, 1.0]])], 2)
+    assert found.scores[0, 0] == found.scores[0, 1]
+    assert found.ids.tolist() == [[5, 9]]
+
+
 def test_many_users_are_as_item_by_item():
     rng = np.random.default_rng(0)
     users, items, length, k = 50, 40, 15, 10
     made = [np.argsort(rng.random((users, items)), axis=1)[:, :length] + 1 for _ in range(3)]
-    several = [lists(ids.tolist(), -np.sort(-rng.normal(size=ids.shape).round(1), axis=1)) for ids in made]
+    # Eighths, whose sums are exact: many are equal.
+    scores = [-np.sort(-np.round(8 * rng.normal(size=ids.shape)) / 8, axis=1) for ids in made]
+    several = [lists(ids.tolist(), own.tolist()) for ids, own in zip(made, scores, strict=True)]
     found = joined([lambda *_, each=each: each for each in several], k)(None, made[0], made[0])
     for user in range(users):
         scored = []
@@ -45,7 +54,7 @@ def test_many_users_are_as_item_by_item():
                 )
                 for each in several
             ]
-            scored.append((-round(sum(own) / 3, 9), item))
+            scored.append((-sum(own), item))
         assert found.ids[user].tolist() == [item for _, item in sorted(scored)[:k]]
 
 

@@ -1,84 +1,130 @@
 """Runs that recommend together: lists are by the mean of all their scores, in `score` and in `evaluate` alike."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
-from ..commands import Made, dynrec, make, one_line, small_run
+from dynrec_jax.data.new_items import NewItems
+from dynrec_jax.errors import ConfigError
+from dynrec_jax.parallel.processes import Processes
+from dynrec_jax.score import job
+from dynrec_jax.score.several import open_together
+
+from ..commands import Made, a_shard_each, dynrec, make, one_line, small_run
 
 ITEMS = 32
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, Made]:
-    """Two runs of the same data: of another seed, and told the times of events."""
+    """Two runs of the same data: the second of another seed, told times and when a list is asked for."""
+    folder = tmp_path_factory.mktemp("several")
+    small = small_run(tmp_path_factory)
+    first = small._replace(workdir=folder / "first")
+    shutil.copytree(small.workdir, first.workdir, ignore=shutil.ignore_patterns("evaluation"))
+    (folder / "other").mkdir()
     other = make(
-        tmp_path_factory.mktemp("other"),
+        folder / "other",
         seed=1,
         train__steps=2,
+        train__checkpoint_every=1,
         train__evaluate_every=0,
         model__time=("bias",),
+        model__query_time=True,
     )
-    return small_run(tmp_path_factory), other
+    return first, other
 
 
 def frame(made: Made, out: Path, *switches: str, **flags: Any) -> pd.DataFrame:
-    assert dynrec("score", *switches, workdir=made.workdir, out=out, split="test", **flags) == 0
+    assert dynrec("score", *switches, workdir=made.workdir, out=out, **flags) == 0
     return pd.read_parquet(out).set_index("user_id")
 
 
-def test_lists_are_by_the_mean_of_all_scores_and_metrics_are_those_of_the_lists(
-    runs: tuple[Made, Made], tmp_path: Path
-):
-    a, b = runs
-    together = frame(a, tmp_path / "ab", "filter_seen", k=10, **{"with": b.workdir})
-    # Every item that each offers, by other commands: the joined list is a sum of columns.
-    alone = [frame(made, tmp_path / name, k=ITEMS) for made, name in ((a, "a"), (b, "b"))]
-    shown = [
-        frame(made, tmp_path / f"{name}s", "filter_seen", k=ITEMS) for made, name in ((a, "a"), (b, "b"))
-    ]
+def assert_joined(together: pd.DataFrame, alone: list[pd.DataFrame], shown: pd.DataFrame | None = None):
+    """By whole lists of each: `together` has the best of their mean, of the items that `shown` has."""
+    assert list(together.index) == list(alone[0].index)
     for user, row in together.iterrows():
         mean = sum(
             pd.Series(each.loc[user, "scores"], index=each.loc[user, "item_ids"], dtype=np.float64)
             for each in alone
-        ) / 2  # fmt: skip
-        left = sorted(
-            mean[list(shown[0].loc[user, "item_ids"])].items(), key=lambda pair: (-pair[1], pair[0])
-        )
-        assert list(row["item_ids"]) == [item for item, _ in left[:10]]
-        np.testing.assert_allclose(row["scores"], [value for _, value in left[:10]], rtol=1e-5, atol=1e-6)
-    differ = [user for user in together.index if list(together.loc[user, "item_ids"]) not in [
-        list(each.loc[user, "item_ids"][:10]) for each in shown]]  # fmt: skip
-    assert len(differ) > len(together) / 2, "the two runs hardly differ: nothing is shown by this"
+        ) / len(alone)  # fmt: skip
+        if shown is not None:
+            mean = mean[list(shown.loc[user, "item_ids"])]
+        best = sorted(mean.items(), key=lambda pair: (-np.float32(pair[1]), pair[0]))[: len(row["item_ids"])]
+        assert list(row["item_ids"]) == [item for item, _ in best]
+        np.testing.assert_allclose(row["scores"], [value for _, value in best], rtol=1e-5, atol=1e-6)
 
-    before = (
-        (a.workdir / "evaluation" / "test.json").read_bytes() if (a.workdir / "evaluation").exists() else b""
-    )
+
+def test_lists_are_by_the_mean_of_all_scores_and_metrics_are_those_of_the_lists(
+    runs: tuple[Made, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(job, "groups", a_shard_each)  # several parts
+    a, b = runs
+    flags = {"split": "test"}
+    together = frame(a, tmp_path / "ab", "filter_seen", k=10, **flags, **{"with": b.workdir})
+    # Every item that each offers, by other commands: the joined list is a sum of columns.
+    alone = [frame(made, tmp_path / name, k=ITEMS, **flags) for made, name in ((a, "a"), (b, "b"))]
+    shown = frame(a, tmp_path / "shown", "filter_seen", k=ITEMS, **flags)
+    assert_joined(together, alone, shown)
+    first = [list(row[:10]) for row in shown.loc[together.index, "item_ids"]]
+    assert np.mean([list(row) != own for row, own in zip(together["item_ids"], first, strict=True)]) > 0.5
+
+    assert dynrec("evaluate", workdir=a.workdir) == 0
+    own = (a.workdir / "evaluation" / "test.json").read_bytes()
     assert dynrec("evaluate", workdir=a.workdir, **{"with": b.workdir}) == 0
     result = json.loads((a.workdir / "evaluation" / "test_together.json").read_text())
-    (a.workdir / "evaluation" / "test_together.json").unlink()
-    assert result["together"] == [{"workdir": "workdir", "step": 6}, {"workdir": "workdir", "step": 2}]
-    if before:
-        assert (a.workdir / "evaluation" / "test.json").read_bytes() == before, "the run's own numbers stay"
+    assert (a.workdir / "evaluation" / "test.json").read_bytes() == own, "the run's own numbers stay"
+    assert result["together"] == [
+        {"workdir": str(a.workdir), "step": 6, "seed": 0},
+        {"workdir": str(b.workdir), "step": 2, "seed": 1},
+    ]
+    assert result["protocol"]["query_time"] is True, "one of them is told"
     data = pd.read_parquet(a.dataset / "interactions").set_index("user_id")
     ids = pd.read_parquet(a.dataset / "items").set_index("index")["item_id"]
+    targets = [ids[data.loc[user, "items"][-1]] for user in together.index]
     ranks = [
-        list(row["item_ids"]).index(ids[data.loc[user, "items"][-1]]) + 1
-        if ids[data.loc[user, "items"][-1]] in row["item_ids"]
-        else np.inf
-        for user, row in together.iterrows()
+        list(row).index(target) + 1 if target in row else np.inf
+        for row, target in zip(together["item_ids"], targets, strict=True)
     ]
     assert result["recall@10"] == pytest.approx(np.isfinite(ranks).mean(), abs=1e-9)
     assert result["ndcg@10"] == pytest.approx((1 / np.log2(np.array(ranks) + 1)).mean(), abs=1e-9)
 
 
+def test_moments_checkpoints_and_users_are_those_of_all_runs(
+    runs: tuple[Made, Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The second run alone looks at times, and has a first and a second step."""
+    a, b = runs
+    moment = {"at": "2026-01-31"}
+    together = frame(a, tmp_path / "ab", k=5, step="last", **moment, **{"with": b.workdir})
+    alone = [
+        frame(a, tmp_path / "a", k=ITEMS, step="last"),
+        frame(b, tmp_path / "b", k=ITEMS, step="last", **moment),
+    ]
+    assert_joined(together, alone)
+    users = {"users": tmp_path / "users.parquet", "out": tmp_path / "of_users"}
+    pd.DataFrame({"user_id": ["new"], "item_ids": [list(together["item_ids"].iloc[0])]}).to_parquet(
+        users["users"]
+    )
+    capsys.readouterr()
+    assert dynrec("score", workdir=a.workdir, **users, **{"with": b.workdir}) == 2
+    assert "has no times, and the model looks at them" in one_line(capsys)
+    assert dynrec("score", workdir=a.workdir, **users) == 0, "the first run alone needs none"
+    capsys.readouterr()
+    assert dynrec("evaluate", workdir=a.workdir, step=3, **{"with": b.workdir}) == 2
+    assert str(b.workdir) in one_line(capsys), "of these, the second has no step 3"
+
+
 def test_a_job_of_other_runs_is_another_job(runs: tuple[Made, Made], tmp_path: Path, capsys):
     a, b = runs
-    frame(a, tmp_path / "out", k=5, **{"with": b.workdir})
+    frame(a, tmp_path / "out", k=5, split="test", **{"with": b.workdir})
     assert [each["step"] for each in json.loads((tmp_path / "out" / "_score.json").read_text())["with"]] == [
         2
     ]
@@ -87,13 +133,44 @@ def test_a_job_of_other_runs_is_another_job(runs: tuple[Made, Made], tmp_path: P
     assert "with" in one_line(capsys)
 
 
+def test_a_job_of_other_new_items_is_another_job_whichever_run_reads_them(runs: tuple[Made, Made]):
+    """Each run keeps those columns of the file of new items that it reads."""
+    opened = open_together([made.workdir for made in runs])
+
+    def manifest(*colours: str) -> dict[str, Any]:
+        tables = [pa.table({"item_id": ["new"], "colour": [colour]}) for colour in colours]
+        given = [
+            dataclasses.replace(run, new=NewItems(table, 0, 0, 0))
+            for run, table in zip(opened, tables, strict=True)
+        ]
+        return job._manifest(given, job.ScoreOptions(), ["one", "two"])
+
+    assert manifest("red", "blue") == manifest("red", "blue")
+    assert manifest("red", "blue") != manifest("red", "green")
+    assert manifest("red", "blue") != manifest("pink", "blue")
+
+
+def test_processes_with_other_runs_are_told_before_they_wait_for_each_other(runs: tuple[Made, Made]):
+    class Peer:
+        """The other process, which was started without `--with`."""
+
+        def receive(self) -> Any:
+            return {"--with": []}
+
+        def send(self, values: Any) -> None:
+            pass
+
+    with pytest.raises(ConfigError, match=r"the processes differ: --with is .* and \[\] in process 1"):
+        open_together([made.workdir for made in runs], processes=Processes(0, 2, [Peer()]))
+
+
 @pytest.mark.parametrize(
     ("verb", "given", "told"),
     [
         ("evaluate", {"with": "{b},"}, "expected run folders with a comma between two"),
         ("evaluate", {"with": "{b},{b}"}, "is named twice"),
-        ("score", {"with": "{a}"}, "is named twice"),
-        ("score", {"with": "nowhere"}, "nowhere: no such folder"),
+        ("score", {"with": "{a}/../{a.name}"}, "is named twice"),
+        ("score", {"with": "{b},nowhere"}, "nowhere: no such folder"),
         ("evaluate", {"with": "{b}", "drift": "true"}, "--drift: is of one run; leave --with out"),
         ("evaluate", {"with": "{b}", "prequential": 2}, "--prequential: is of one run; leave --with out"),
     ],
@@ -111,16 +188,26 @@ def test_mistakes_get_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_of_another_dataset_or_protocol_are_refused(runs: tuple[Made, Made], tmp_path: Path, capsys):
-    a, _ = runs
-    (tmp_path / "c").mkdir()
-    made = make(tmp_path / "c", "synthetic:users=50,items=32,seed=1", train__steps=1, train__evaluate_every=0)
-    capsys.readouterr()
-    assert dynrec("evaluate", workdir=a.workdir, **{"with": made.workdir}) == 2
-    assert "was trained on dataset" in one_line(capsys)
-    config = json.loads((made.workdir / "config.json").read_text())
-    assert config["evaluation"]["filter_seen"] is True
+def test_runs_of_other_data_or_trained_for_other_queries_are_refused(
+    runs: tuple[Made, Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Before anything is opened: the folder has no checkpoint."""
+    a, b = runs
+    other = tmp_path / "other"
+    other.mkdir()
+    record = json.loads((b.workdir / "run.json").read_text())
+    config = json.loads((b.workdir / "config.json").read_text())
+
+    def refused() -> str:
+        (other / "run.json").write_text(json.dumps(record))
+        (other / "config.json").write_text(json.dumps(config))
+        capsys.readouterr()
+        assert dynrec("evaluate", workdir=a.workdir, **{"with": other}) == 2
+        return one_line(capsys)
+
     config["evaluation"]["filter_seen"] = False
-    (made.workdir / "config.json").write_text(json.dumps(config))
-    assert dynrec("evaluate", workdir=a.workdir, **{"with": made.workdir}) == 2
-    assert "evaluation.filter_seen is False" in one_line(capsys)
+    assert "checkpoint" in refused(), "whether seen items are shown is not for training to say"
+    config["evaluation"]["holdout"] = 0.5
+    assert "evaluation.holdout is 0.5" in refused()
+    record["dataset"]["content"] = "0" * 64
+    assert "was trained on another dataset than" in refused()

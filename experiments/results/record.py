@@ -46,7 +46,7 @@ NOT_METRICS = (
     "together",
 )
 TOGETHER = "_together"
-MOVABLE = ("dataset", "data.cache_dir", "compiled_dir")  # where things lie on a machine
+MOVABLE = ("dataset", "data.cache_dir", "compiled_dir", "item.bert")  # where things lie on a machine
 
 
 def main(arguments: list[str]) -> int:

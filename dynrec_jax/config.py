@@ -151,7 +151,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.event_weights = ()  # of targets by their event type, such as ("purchase:5", "view:0.2"); others count 1
     c.loss.negatives = 512  # negatives that a batch shares
     # Where negatives come from: all items alike; training counts ("popularity"); events of the batch ("in_batch"); or
-    # both, so that items that no batch has are seen too ("mixed").
+    # both, so that items that no batch has are seen too ("mixed"). Of few negatives, "mixed" learns the most; "uniform"
+    # alone needs no counts of the whole catalogue.
     c.loss.sampler = "uniform"
     c.loss.uniform_share = 0.5  # "mixed": share of the negatives that are uniform
     c.loss.logq = True  # "sampled": correct for how likely a negative was drawn

@@ -27,7 +27,7 @@ CHANGES = {
     # What is served: the model alone, without counts.
     "alone": {"model.neighbours": 0.0},
     # The loss.
-    "sampled": {"loss.kind": "sampled", "loss.negatives": 512},
+    "sampled": {"loss.kind": "sampled", "loss.sampler": "mixed", "loss.negatives": 512},
     "gbce": {"loss.kind": "gbce", "loss.negatives": 512},
     "normalised": {"model.normalise": True, "model.temperature": 0.004},
     # The encoder.

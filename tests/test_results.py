@@ -115,6 +115,23 @@ def test_differences_are_between_equal_seeds_in_percent_of_the_first_row():
     assert table.difference(seeds({7: 0.81}), first) == ""
 
 
+def test_a_table_says_its_protocol_and_refuses_two():
+    table = program("table")
+    keys = {"split": "leave_one_out", "filter_seen": True, "ties": "none", "users": 1_234, "catalogue": 5}
+
+    def file(**changes: Any) -> dict[str, Any]:
+        return {"protocol": {**keys, "target_events": "all", "query_time": False, **changes}}
+
+    told = table.protocol("a set", [file(), file()])
+    assert told == (
+        "1,234 users, 5 items; leave-one-out; whole catalogue ranked; seen items masked; ties: none; "
+        "not told when the next event is asked for"
+    )
+    assert table.protocol("a set", [file(), file(query_time=True)]).endswith("ties: none")
+    with pytest.raises(SystemExit, match="a set: the rows differ in filter_seen: False, True"):
+        table.protocol("a set", [file(), file(filter_seen=False)])
+
+
 def test_the_tables_replace_what_stands_between_the_marks_alone():
     table = program("table")
     text = "before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n"

@@ -93,19 +93,25 @@ def baseline(name: str, seeds: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def protocol(seeds: list[dict[str, Any]]) -> str:
-    """What the numbers of a table mean."""
-    p = seeds[0]["protocol"]
+def protocol(group: str, files: list[dict[str, Any]]) -> str:
+    """What the numbers of a table mean; ends the program where its files differ in that.
+
+    Whether a model was told the time of the next event may differ, and is said where it does not.
+    """
+    p = files[0]["protocol"]
+    for key in ("split", "filter_seen", "ties", "users", "catalogue", "target_events"):
+        if len(found := {str(each["protocol"][key]) for each in files}) > 1:
+            raise SystemExit(f"table: {group}: the rows differ in {key}: {', '.join(sorted(found))}")
     told = [
         f"{p['users']:,} users, {p['catalogue']:,} items",
         SPLITS[p["split"]],
         "whole catalogue ranked",
         "seen items masked" if p["filter_seen"] else "seen items ranked",
         f"ties: {p['ties']}",
-        "told when the next event is asked for"
-        if p["query_time"]
-        else "not told when the next event is asked for",
     ]
+    asked = {bool(each["protocol"]["query_time"]) for each in files}
+    if len(asked) == 1:
+        told.append(f"{'' if asked.pop() else 'not '}told when the next event is asked for")
     return "; ".join(told)
 
 
@@ -130,7 +136,8 @@ def tables() -> str:
                 line.insert(-1, told)
         lines = [f"| {' | '.join(line)} |" for line in cells]
         lines.insert(1, "|" + " --- |" * len(cells[0]))
-        title = f"**{group['data']}** ({protocol(first)})."
+        files = [each for found in seeds.values() for each in found]
+        title = f"**{group['data']}** ({protocol(group['data'], files)})."
         parts.append("\n".join([" ".join(filter(None, [title, group.get("note", "")])), "", *lines]))
     return "\n\n".join(parts)
 

@@ -1,5 +1,6 @@
 """README's tables are those that the result files make, and each file's command trains what it says."""
 
+import functools
 import importlib.util
 import json
 import runpy
@@ -22,6 +23,12 @@ RESULTS = ROOT / "experiments" / "results"
 FILES = sorted(RESULTS.glob("*/seed*.json"))
 LATER = {"model.shrinkage": 0.0}  # keys that the first files lack, with what was done before there was one
 KEYS = ("command", "config", "commit", "date", "machine", "content", "protocol", "validation", "test")
+
+
+@functools.cache
+def _movable() -> tuple[str, ...]:
+    """Keys that say where things lie on a machine."""
+    return tuple(program("record").MOVABLE)
 
 
 def program(name: str) -> ModuleType:
@@ -74,7 +81,7 @@ def test_a_file_says_how_it_came_about_and_its_command_trains_that(
     for key, value in now.items():
         if key.startswith("item.") and now["item.fusion"] == result["config"]["item.fusion"] == "id":
             continue  # what would describe an item besides its id
-        if key not in program("record").MOVABLE:
+        if key not in _movable():
             expected = result["config"][key] if key in result["config"] else LATER[key]
             assert json.loads(json.dumps(value)) == expected, (
                 f"{key}: the experiment file says otherwise by now"

@@ -143,7 +143,9 @@ def kill_many(crew: Crew, ledger: StudyLedger, kills: int, seed: int) -> tuple[l
     return rows, kills - left
 
 
-@pytest.mark.parametrize("kills", [30, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills", [12, *(pytest.param(number, marks=pytest.mark.slow) for number in (30, 100))]
+)
 def test_killed_and_stopped_workers_lose_nothing(
     tmp_path: Path, crew: Callable[[str, int, Sweep], Crew], kills: int
 ) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from dynrec_jax import workdir as workdirs
 from dynrec_jax.data.new_items import NewItems
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import Processes
@@ -148,6 +149,29 @@ def test_a_job_of_other_new_items_is_another_job_whichever_run_reads_them(runs: 
     assert manifest("red", "blue") == manifest("red", "blue")
     assert manifest("red", "blue") != manifest("red", "green")
     assert manifest("red", "blue") != manifest("pink", "blue")
+
+
+def test_every_run_is_opened_with_the_same_step_items_and_dataset(
+    runs: tuple[Made, Made], monkeypatch: pytest.MonkeyPatch
+):
+    first, other = (made.workdir for made in runs)
+    opened = workdirs.open(first)
+    calls = []
+
+    def opens(path: Path, *given: Any) -> workdirs.Run:
+        calls.append((path, *given))
+        return opened
+
+    monkeypatch.setattr(workdirs, "open", opens)
+    open_together([first, other], 2, None, items="new.csv")
+    (_, step, place, processes, items, say), again = calls
+    assert (step, place, items) == (2, None, "new.csv")
+    assert again == (other, 2, opened.dataset.path, processes, "new.csv", say), (
+        "the dataset lies where the first one's does"
+    )
+    calls.clear()
+    open_together([first, other], "last", "moved")
+    assert [call[2] for call in calls] == ["moved", "moved"]
 
 
 def test_processes_with_other_runs_are_told_before_they_wait_for_each_other(runs: tuple[Made, Made]):

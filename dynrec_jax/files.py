@@ -16,15 +16,15 @@ class HeldError(Exception):
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, wait: bool = False) -> Iterator[None]:
     """Holds a folder, against other processes that ask; the lock goes with the process, however it ends.
 
     Raises:
-      HeldError: another process holds it.
+      HeldError: another process holds it, and this one is not to `wait`.
     """
     with (folder / LOCK).open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise HeldError(str(folder)) from None
         except OSError:  # a file system without locks: nothing can be held, and nothing is refused

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from dynrec_jax.batch import History
 from dynrec_jax.data.cache import Histories, Windows
 from dynrec_jax.errors import NonFiniteError
+from dynrec_jax.evaluate.only import EVERYTHING, Only
 from dynrec_jax.models.features import Items, described_rows
 from dynrec_jax.models.model import Model
 from dynrec_jax.models.neighbours import Near, Raised, last_items, raised, shrunk
@@ -35,8 +36,9 @@ WIDTH_MULTIPLE = 8
 # 100, to compile one more 0.3 s.
 FEWEST_SEEN, SEEN_FACTOR = 16, 4
 
-# (what the encoder reads, items to leave out [B, M]) -> ids, scores, and whether all are numbers
-Batch = Callable[[History, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+# (what the encoder reads, items to leave out [B, M], and where lists are among some items alone, these [B, C])
+# -> ids, scores, and whether all are numbers
+Batch = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
 class HistorySource(Protocol):
@@ -69,6 +71,8 @@ class Lists(NamedTuple):
 
 # (source, users int64[U], the event number that each is asked for) -> their lists
 ListMaker = Callable[[HistorySource, np.ndarray, np.ndarray], Lists]
+# The same -> their vectors, float32[U, W]
+VectorMaker = Callable[[HistorySource, np.ndarray, np.ndarray], np.ndarray]
 
 
 class NonFiniteScores(NonFiniteError):
@@ -101,6 +105,7 @@ class Recommender:
     Attributes:
       k: length of the lists.
       own: which part of every batch this process brings.
+      batch_size: users of a batch that this process brings.
     """
 
     def __init__(
@@ -112,25 +117,28 @@ class Recommender:
         filter_seen: bool,
         processes: Processes = ALONE,
         items: Items | None = None,
+        only: Only = EVERYTHING,
     ):
         """`batch_size` is that of all processes together, rounded up to what divides over the devices.
 
-        `items` says what describes them; None where they are their ids.
+        `items` says what describes them, None where they are their ids; `only`, which may be in a list.
         """
         self._items = Items(model.abra.items) if items is None else items
         self._model = model
+        self._only = only
         self.mesh = mesh
         self._filter_seen = filter_seen
         self._processes = processes
         self.k = k
         self.own: Feed = feed(mesh, processes.index)
-        self._batch_size = -(-batch_size // (self.own.parts * self.own.pieces)) * self.own.pieces
+        self.batch_size = -(-batch_size // (self.own.parts * self.own.pieces)) * self.own.pieces
         self._catalogue = jax.jit(self._item_vectors)
         self._shrunk = jax.jit(self._drawn)
         self._ready = jax.jit(model.ready)
         self._finite = jax.jit(lambda table_RxD: jnp.isfinite(table_RxD).all())
         self._encode = jax.jit(self._user_vectors)
         self._rank = jax.jit(self._best)
+        self._queries = jax.jit(self._scaled)
         self._widths = widths(model.max_length)
 
     def _item_vectors(self, params: Any, tables: Any, known: Any) -> jax.Array:
@@ -147,14 +155,29 @@ class Recommender:
         return u_BxD, constrain(last_items(history.items), "batch", None)
 
     def _best(
-        self, read: Any, table_RxD: Any, seen_BxM: Any, near: Near | None = None
+        self,
+        read: Any,
+        table_RxD: Any,
+        seen_BxM: Any,
+        near: Near | None = None,
+        allowed_Rx1: Any = None,
+        offered_BxC: Any = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         u_BxD, last_BxT = read
-        q_BxD = self._model.abra.query(u_BxD, table_RxD)
+        abra = self._model.abra
+        q_BxD = abra.query(u_BxD, table_RxD)
         more = self.raised(near, last_BxT)
-        ids, scores = self._model.abra.best(q_BxD, table_RxD, seen_BxM, self.k, more)
+        if offered_BxC is None:
+            ids, scores = abra.best(q_BxD, table_RxD, seen_BxM, self.k, more, allowed_Rx1)
+        else:
+            ids, scores = abra.among(q_BxD, table_RxD, offered_BxC, seen_BxM, self.k, more)
         finite = jnp.isfinite(q_BxD).all() & ~jnp.isnan(scores).any()
         return constrain(ids, "batch", None), constrain(scores, "batch", None), finite
+
+    def _scaled(self, read: Any, table_RxD: Any) -> jax.Array:
+        u_BxD, _ = read
+        abra = self._model.abra
+        return constrain(abra.query(u_BxD, table_RxD) * abra.scale, "batch", None)
 
     def trace_encode(self, params: Any, vectors_RxD: Any, history: History) -> jax.stages.Traced:
         """The program that reads histories, for shapes, to be counted and compiled ahead of time."""
@@ -173,13 +196,16 @@ class Recommender:
           NonFiniteScores: an item vector is not finite; the function raises it for users' vectors and scores.
         """
         vectors_RxD, table_RxD = self.vectors(params, tables)
-        near = self.near
+        near, allowed_Rx1 = self.near, self._only.place(self.mesh)
         with jax.set_mesh(self.mesh):
             if not bool(self._finite(table_RxD)):
                 raise NonFiniteScores("item vectors are not finite")
 
-        def batch(history: History, seen_BxM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            return self._rank(self._encode(params, vectors_RxD, history), table_RxD, seen_BxM, near)
+        def batch(
+            history: History, seen_BxM: jax.Array, offered_BxC: jax.Array | None = None
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            read = self._encode(params, vectors_RxD, history)
+            return self._rank(read, table_RxD, seen_BxM, near, allowed_Rx1, offered_BxC)
 
         return functools.partial(self.run, batch)
 
@@ -209,9 +235,7 @@ class Recommender:
             return vectors_RxD, self._ready(vectors_RxD)
 
     def run(self, batch: Batch, source: HistorySource, users_U: np.ndarray, ends_U: np.ndarray) -> Lists:
-        """Cuts users into batches of similar length, short histories first, and puts the lists in order.
-
-        All processes call it together, those without users too.
+        """Makes lists batch by batch and puts them in order. All processes call it together, those without users too.
 
         Raises:
           NonFiniteScores: a vector or a score is not a number.
@@ -220,28 +244,68 @@ class Recommender:
             np.zeros((len(users_U), self.k), np.int32),
             np.full((len(users_U), self.k), -np.inf, np.float32),
         )
-        places = list(_batches(ends_U, self._batch_size))
+        for place_B, (ids, scores, finite) in self._made(batch, source, users_U, ends_U):
+            if not bool(finite):
+                raise NonFiniteScores("scores are not finite")
+            lists.ids[place_B] = own_rows(ids)[: len(place_B)]
+            lists.scores[place_B] = own_rows(scores)[: len(place_B)]
+        return lists
+
+    def prepare_vectors(self, params: Any, tables: Any) -> VectorMaker:
+        """A function (source, users, ends) -> their vectors, float32[U, W], whose products with items are scores.
+
+        Their products with the items' vectors, as `vectors` gives them for ABRA, are ABRA's logits: what counts of
+        neighbours add is not in them. Of a model of several interests W is k · D, one behind the other, and an item's
+        score is the highest of its products with them.
+
+        Raises:
+          NonFiniteScores: by the function, of a vector that is not finite.
+        """
+        vectors_RxD, table_RxD = self.vectors(params, tables)
+
+        def make(source: HistorySource, users_U: np.ndarray, ends_U: np.ndarray) -> np.ndarray:
+            width = self._model.abra.interests * table_RxD.shape[1]
+            found = np.zeros((len(users_U), width), np.float32)
+
+            def batch(history: History, seen_BxM: jax.Array) -> jax.Array:
+                read = self._encode(params, vectors_RxD, history)
+                return self._queries(read, table_RxD)
+
+            for place_B, u_BxW in self._made(batch, source, users_U, ends_U):
+                found[place_B] = own_rows(u_BxW)[: len(place_B)]
+            if not np.isfinite(found).all():
+                raise NonFiniteScores("users' vectors are not finite")
+            return found
+
+        return make
+
+    def _made(
+        self, batch: Callable[..., Any], source: HistorySource, users_U: np.ndarray, ends_U: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, Any]]:
+        """Cuts users into batches of similar length, short histories first: the places of each and what was made."""
+        places = list(_batches(ends_U, self.batch_size))
         nobody = np.zeros(0, np.int64)
         before: tuple[np.ndarray, Any] | None = None
         for number, longest in enumerate(self._agreed([int(ends_U[place_B].max()) for place_B in places])):
             place_B = places[number] if number < len(places) else nobody
-            short = self._batch_size - len(place_B)
+            short = self.batch_size - len(place_B)
             users_B = np.pad(users_U[place_B], (0, short), constant_values=-1)
             ends_B = np.pad(ends_U[place_B], (0, short))
             history = self._history(source, users_B, ends_B, _at_least(longest, self._widths))
-            seen_BxM = np.zeros((self._batch_size, 1), np.int32)
+            rows = [np.zeros((self.batch_size, 1), np.int32)]
             if self._filter_seen:
-                seen_BxM = source.last_items(users_B, ends_B, seen_width(longest))
+                rows = [source.last_items(users_B, ends_B, seen_width(longest))]
+            if self._only.offered is not None:
+                rows.append(self._only.offered.to(users_B))
             with jax.set_mesh(self.mesh):
                 placed = jax.tree.map(functools.partial(place_rows, self.mesh), history)
-                made = batch(placed, place_rows(self.mesh, seen_BxM))
+                made = batch(placed, *(place_rows(self.mesh, each) for each in rows))
             # The device goes on with this batch while the one before it is read.
             if before is not None:
-                _read(*before, lists)
+                yield before
             before = place_B, made
         if before is not None:
-            _read(*before, lists)
-        return lists
+            yield before
 
     def _history(self, source: HistorySource, users_B: np.ndarray, ends_B: np.ndarray, size: int) -> History:
         """What the model reads of some histories."""
@@ -266,15 +330,6 @@ def _batches(ends_U: np.ndarray, size: int) -> Iterator[np.ndarray]:
     order = np.argsort(ends_U, kind="stable")
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-def _read(place_B: np.ndarray, made: tuple[jax.Array, jax.Array, jax.Array], lists: Lists) -> None:
-    """Waits for a batch and puts its lists where they belong."""
-    ids, scores, finite = made
-    if not bool(finite):
-        raise NonFiniteScores("scores are not finite")
-    lists.ids[place_B] = own_rows(ids)[: len(place_B)]
-    lists.scores[place_B] = own_rows(scores)[: len(place_B)]
 
 
 def widths(longest: int) -> list[int]:

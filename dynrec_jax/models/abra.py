@@ -21,6 +21,8 @@ from dynrec_jax.parallel.topk import top_k
 
 Array = jax.Array
 
+AMONG = 512  # items of each query that are looked up at a time, where lists are among some alone
+
 
 class Recommendation(NamedTuple):
     """ABRA's answer.
@@ -112,9 +114,17 @@ class Abra:
         return Recommendation(ids_BxK, scores_BxK, mixed_BxD)
 
     def best(
-        self, q_BxD: Array, table_RxD: Array, seen_BxM: Array, k: int, raised: Raised | None = None
+        self,
+        q_BxD: Array,
+        table_RxD: Array,
+        seen_BxM: Array,
+        k: int,
+        raised: Raised | None = None,
+        allowed_Rx1: Array | None = None,
     ) -> tuple[Array, Array]:
         """ids and scores of `recommend`, without the mixture, for queries and a table that are ready.
+
+        Where there is `allowed` (bool, rows as the table's), other items are in no list.
 
         An item's score is that of the interest that likes it best. What is among the k best of all is among the k best
         of that interest, so the interests' lists hold it. What is raised into the k best is among the `raised`, and
@@ -129,15 +139,41 @@ class Abra:
             items=self.items,
             scale=self.scale,
             rows=self.block_items,
+            allowed_Rx1=allowed_Rx1,
         )
         if interests == 1 and raised is None:
             return ids, scores
         ids, scores = ids.reshape(len(q_BxD), -1), scores.reshape(len(q_BxD), -1)
         if raised is not None:
-            seen_BxC = (raised.ids[:, :, None] == seen_BxM[:, None, :]).any(axis=-1)
-            ids = jnp.concatenate([ids, jnp.where(seen_BxC, PAD, raised.ids)], axis=1)
+            out_BxC = (raised.ids[:, :, None] == seen_BxM[:, None, :]).any(axis=-1)
+            if allowed_Rx1 is not None:
+                out_BxC |= lookup(allowed_Rx1.astype(jnp.int32), raised.ids)[..., 0] == 0
+            ids = jnp.concatenate([ids, jnp.where(out_BxC, PAD, raised.ids)], axis=1)
             scores = jnp.concatenate([scores, self._own(q_BxD, table_RxD, raised.ids) + raised.by], axis=1)
         return _merged(ids, scores, k)
+
+    def among(
+        self,
+        q_BxD: Array,
+        table_RxD: Array,
+        ids_BxC: Array,
+        seen_BxM: Array,
+        k: int,
+        raised: Raised | None = None,
+    ) -> tuple[Array, Array]:
+        """As `best`, of some items of each query alone: int32[B, C], 0 names none, in any order."""
+        width = -(-max(ids_BxC.shape[1], k) // AMONG) * AMONG
+        ids_BxC = jnp.pad(ids_BxC, ((0, 0), (0, width - ids_BxC.shape[1])))
+        parts_PxBxA = ids_BxC.reshape(len(ids_BxC), -1, AMONG).swapaxes(0, 1)
+        own_PxBxA = jax.lax.map(lambda part_BxA: self._own(q_BxD, table_RxD, part_BxA), parts_PxBxA)
+        scores_BxC = own_PxBxA.swapaxes(0, 1).reshape(ids_BxC.shape)
+        if raised is not None:
+            place_BxC, there_BxC, order_BxR = _found(ids_BxC, raised.ids)
+            by_BxR = jnp.take_along_axis(raised.by, order_BxR, axis=1)
+            scores_BxC += jnp.where(there_BxC, jnp.take_along_axis(by_BxR, place_BxC, axis=1), 0.0)
+        _, out_BxC, _ = _found(ids_BxC, seen_BxM)
+        ids_BxC = jnp.where(out_BxC, PAD, ids_BxC)
+        return _merged(ids_BxC, scores_BxC, k)
 
     def _own(self, q_BxD: Array, table_RxD: Array, ids_BxC: Array) -> Array:
         """Scores `[B, C]` of some items of each query, which is ready."""
@@ -165,6 +201,15 @@ class Abra:
         """All scores of some queries that are ready, `[P, R]`: for a few users and a catalogue that is small."""
         each_PxIxD = q_PxD.reshape(len(q_PxD), -1, table_RxD.shape[-1])
         return jnp.einsum("pid,rd->pir", each_PxIxD, table_RxD).max(axis=1) * self.scale
+
+
+def _found(ids_BxC: Array, set_BxM: Array) -> tuple[Array, Array, Array]:
+    """Where `ids` are in each row's `set`, in its order by id; whether they are there; and that order."""
+    order_BxM = jnp.argsort(set_BxM, axis=1)
+    sorted_BxM = jnp.take_along_axis(set_BxM, order_BxM, axis=1)
+    place_BxC = jax.vmap(jnp.searchsorted)(sorted_BxM, ids_BxC)
+    place_BxC = jnp.minimum(place_BxC, set_BxM.shape[1] - 1)
+    return place_BxC, jnp.take_along_axis(sorted_BxM, place_BxC, axis=1) == ids_BxC, order_BxM
 
 
 def _merged(ids_BxK: Array, scores_BxK: Array, k: int) -> tuple[Array, Array]:

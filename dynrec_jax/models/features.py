@@ -61,7 +61,7 @@ class Items:
         """What towers have read, [R, width] by name, on the devices, which hold it once for all who ask."""
         if mesh not in self._placed:
             found = {name: values for tower in self.towers for name, values in tower.values.items()}
-            self._placed[mesh] = {name: _place(values, self.number, mesh) for name, values in found.items()}
+            self._placed[mesh] = {name: place(values, self.number, mesh) for name, values in found.items()}
         return self._placed[mesh]
 
     def near(self, mesh: Mesh) -> Near | None:
@@ -143,10 +143,11 @@ def _programs(rows: int, width: int, mesh: Mesh) -> tuple[Callable[[], Array], C
 
 def near_of(neighbours: Neighbours, mesh: Mesh) -> Near:
     """Neighbours of all items, on the devices as the rows of item tables are."""
-    return Near(*(_place(Values(array.reshape(len(array), -1)), len(array), mesh) for array in neighbours))
+    return Near(*(place(Values(array.reshape(len(array), -1)), len(array), mesh) for array in neighbours))
 
 
-def _place(values: Values, number: int, mesh: Mesh) -> Array:
+def place(values: Values, number: int, mesh: Mesh) -> Array:
+    """Values of all items, [R, width], on the devices as the rows of item tables are; 0 where no item is."""
     rows = rows_for(number)
 
     def piece(index: Any) -> np.ndarray:

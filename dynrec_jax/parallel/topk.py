@@ -24,7 +24,15 @@ QUERIES, LISTS = PartitionSpec(SLICE_AXES), PartitionSpec((*SLICE_AXES, *ITEM_AX
 
 
 def top_k(
-    u_BxD: Array, table_RxD: Array, seen_BxM: Array, *, k: int, items: int, scale: float, rows: int
+    u_BxD: Array,
+    table_RxD: Array,
+    seen_BxM: Array,
+    *,
+    k: int,
+    items: int,
+    scale: float,
+    rows: int,
+    allowed_Rx1: Array | None = None,
 ) -> tuple[Array, Array]:
     """The k best items by `scale · u·v_i`, without those of `seen`.
 
@@ -36,6 +44,7 @@ def top_k(
       items: N.
       scale: what multiplies u·v.
       rows: catalogue rows that a device scores at a time.
+      allowed_Rx1: bool, which items may be in a list, rows as the catalogue's; None for all of them.
 
     Returns:
       ids int32[B, k], best first, and their scores float32[B, k]. Where fewer than k items are left, the list
@@ -45,11 +54,12 @@ def top_k(
     batch, pieces = u_BxD.shape[0], 1 if mesh.empty else mesh.size
     more = (0, -batch % pieces), (0, 0)
     settings = _Settings(k, items, scale, rows)
+    only = () if allowed_Rx1 is None else (allowed_Rx1,)
     ids_BxK, scores_BxK = on_devices(
         functools.partial(_lists, settings),
-        (QUERIES, ROWS, QUERIES),
+        (QUERIES, ROWS, QUERIES, *(ROWS for _ in only)),
         LISTS,
-        *(jnp.pad(u_BxD, more), table_RxD, jnp.pad(seen_BxM, more)),
+        *(jnp.pad(u_BxD, more), table_RxD, jnp.pad(seen_BxM, more), *only),
     )
     return ids_BxK[:batch], scores_BxK[:batch]
 
@@ -67,29 +77,29 @@ class _Order(NamedTuple):
     """A device's rows in the order of their items.
 
     Attributes:
-      rows: (first place, number of places) -> [C, D], the rows of the places that follow each other.
+      rows: (table, first place, number of places) -> [C, …], the rows of the places that follow each other.
       ids: places -> the items there.
       places: items -> where they are; where no place is, if they are of another device.
       by_row: whether all devices together have the items in the order of their rows.
     """
 
-    rows: Callable[[Array, int], Array]
+    rows: Callable[[Array, Array, int], Array]
     ids: Callable[[Array], Array]
     places: Callable[[Array], Array]
     by_row: bool
 
 
-def _order(table_RxD: Array, devices: Devices) -> _Order:
+def _order(held: int, devices: Devices) -> _Order:
     """How a device finds its items in their order.
 
     In a striped table a device of n, where n is a power of two, has the items `low + n·place`; of any other n the
     items that it has are sorted.
     """
-    held, count = table_RxD.shape[0], devices.size(ITEM_AXES)
+    count = devices.size(ITEM_AXES)
     total, first = held * count, devices.place(ITEM_AXES) * held
     if total < STRIPED_FROM:
         return _Order(
-            lambda start, size: jax.lax.dynamic_slice_in_dim(table_RxD, start, size),
+            jax.lax.dynamic_slice_in_dim,
             lambda places: first + places,
             # Negative places would count from the end.
             lambda ids: jnp.where(ids >= first, ids - first, held),
@@ -117,19 +127,19 @@ def _order(table_RxD: Array, devices: Devices) -> _Order:
         def item(places: Array) -> Array:
             return sorted_R[places]
 
-    def rows(start: Array, size: int) -> Array:
+    def rows(table: Array, start: Array, size: int) -> Array:
         row_C = rows_of(item(start + jnp.arange(size)), total) - first
-        return table_RxD.at[row_C].get(mode="promise_in_bounds")
+        return table.at[row_C].get(mode="promise_in_bounds")
 
     return _Order(rows, item, places, False)
 
 
 def _lists(
-    settings: _Settings, devices: Devices, u_BxD: Array, table_RxD: Array, seen_BxM: Array
+    settings: _Settings, devices: Devices, u_BxD: Array, table_RxD: Array, seen_BxM: Array, *only: Array
 ) -> tuple[Array, Array]:
-    """A device's share of its slice's lists."""
-    order = _order(table_RxD, devices)
-    place_BxK, scores_BxK = _local(settings, u_BxD, table_RxD.shape[0], order.places(seen_BxM), order)
+    """A device's share of its slice's lists; `only` may be its rows of `allowed`."""
+    order = _order(table_RxD.shape[0], devices)
+    place_BxK, scores_BxK = _local(settings, u_BxD, table_RxD, order.places(seen_BxM), order, *only)
     ids_BxK = jnp.where(jnp.isneginf(scores_BxK), 0, order.ids(place_BxK))
     if not devices.several:
         return ids_BxK, scores_BxK
@@ -148,10 +158,10 @@ def _lists(
 
 
 def _local(
-    settings: _Settings, u_BxD: Array, held: int, seen_BxM: Array, order: _Order
+    settings: _Settings, u_BxD: Array, table_RxD: Array, seen_BxM: Array, order: _Order, *only: Array
 ) -> tuple[Array, Array]:
     """Places and scores of the k best of a device's rows; `seen` are places. A score of -inf names no item."""
-    batch, k = u_BxD.shape[0], settings.k
+    batch, k, held = u_BxD.shape[0], settings.k, table_RxD.shape[0]
     number = -(-held // settings.rows)
     size = -(-held // number)
     each_B = jnp.arange(batch)[:, None]
@@ -160,11 +170,13 @@ def _local(
         # The last block starts early enough to be full, so that the table is never copied; what it shares with the
         # block before is left out here.
         start = jnp.minimum(index * size, held - size)
-        v_CxD = in_loop(order.rows(start, size), index, u_BxD.dtype)
+        v_CxD = in_loop(order.rows(table_RxD, start, size), index, u_BxD.dtype)
         s_BxC = jnp.einsum("bd,cd->bc", u_BxD, v_CxD, preferred_element_type=jnp.float32) * settings.scale
         place_C = start + jnp.arange(size)
         id_C = order.ids(place_C)
         real_C = (id_C >= 1) & (id_C <= settings.items) & (place_C >= index * size)
+        for allowed_Rx1 in only:
+            real_C &= order.rows(allowed_Rx1, start, size)[:, 0]
         s_BxC = jnp.where(real_C[None, :], s_BxC, -jnp.inf)
         # Negative places would count from the end: send what lies before this block behind it.
         place_BxM = jnp.where(seen_BxM >= start, seen_BxM - start, size)

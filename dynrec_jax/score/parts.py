@@ -1,30 +1,34 @@
-"""The output folder of scoring: Parquet parts that are whole or not there, and a manifest that says whose they are."""
+"""The output folder of scoring: parts that are whole or not there, and whose they are.
 
+`_score.json` says which job the folder is of, and `_parts.log` the rows, size and SHA-256 of each part, written
+before the part is there. What a part's line does not describe is no part: it is made again. Several workers may fill
+one folder; the first good copy of a part stays.
+"""
+
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from dynrec_jax.data.arrow import to_arrow
 from dynrec_jax.errors import ConfigError, MachineError
-from dynrec_jax.evaluate.recommender import Lists
-from dynrec_jax.files import is_temporary, remove_temporary, temporary_name, write_whole
+from dynrec_jax.files import held, is_temporary, remove_temporary, sync, temporary_name, write_whole
+from dynrec_jax.score.formats import FORMATS
 
-# Readers of Parquet folders (pandas, Arrow, Spark) leave out files that begin with an underscore.
+# Readers of Parquet folders (pandas, Arrow, Spark) leave out files that begin with an underscore or a dot.
 MANIFEST = "_score.json"
-SCHEMA = pa.schema(
-    [("user_id", pa.string()), ("item_ids", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
-)
+RECORDS = "_parts.log"
+
+Record = dict[str, Any]
 
 
 class Parts:
     """A folder of `part-00000-of-00007.parquet` files that one job, or its continuation, writes."""
 
-    def __init__(self, out: Path, manifest: dict[str, Any], number: int):
+    def __init__(self, out: Path, manifest: dict[str, Any], number: int, file_format: str = "parquet"):
         """Makes the folder, or goes on with the one that an interrupted job of the same manifest left.
 
         Raises:
@@ -33,7 +37,9 @@ class Parts:
         """
         self.out = out
         self._number = number
+        self._format = file_format
         self._manifest = {**manifest, "parts": number}
+        self._records = _Records(out / RECORDS)
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{out}: is a file; choose another --out")
         found = _read(out / MANIFEST)
@@ -63,17 +69,26 @@ class Parts:
 
     def path(self, part: int) -> Path:
         """Where a part lies."""
-        return self.out / f"part-{part:05d}-of-{self._number:05d}.parquet"
+        return self.out / f"part-{part:05d}-of-{self._number:05d}.{self._format}"
 
-    def done(self, part: int, rows: int) -> bool:
-        """Whether a part is there with this many rows."""
+    def done(self, rows: Sequence[int]) -> list[int]:
+        """The parts that are there, by the rows that each must have: read whole, and compared with their digests."""
+        self._records.read()
+        return [part for part, count in enumerate(rows) if self._good(part, count)]
+
+    def _good(self, part: int, rows: int) -> bool:
+        path = self.path(part)
+        record = self._records.known.get(path.name)
         try:
-            return pq.read_metadata(self.path(part)).num_rows == rows
-        except (OSError, pa.ArrowException):
+            if record is None or record["rows"] != rows or path.stat().st_size != record["bytes"]:
+                return False
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
+        except (OSError, KeyError):
             return False
 
-    def write(self, part: int, users: pa.Array, lists: Lists, items: pa.Array) -> None:
-        """Writes a part under a temporary name and renames it when it is on the disk.
+    def write(self, part: int, table: pa.Table) -> None:
+        """Writes a part under a temporary name, and renames it when it and its digest are on the disk.
 
         Raises:
           MachineError: the disk is full or fails; nothing that looks whole is left.
@@ -81,11 +96,16 @@ class Parts:
         path = self.path(part)
         temporary = temporary_name(path)
         try:
-            with temporary.open("wb") as file:
-                pq.write_table(to_table(users, lists, items), file, compression="zstd")
+            with temporary.open("wb+") as file:
+                FORMATS[self._format](table, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = temporary.stat().st_size
+            record = {"part": path.name, "rows": table.num_rows, "bytes": size, "sha256": digest}
+            with held(self.out, wait=True):
+                self._commit(part, temporary, record)
         except OSError as error:
             raise MachineError(
                 f"{path}: cannot be written ({error}); complete parts are kept, and the same command goes on from them"
@@ -93,15 +113,84 @@ class Parts:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _commit(self, part: int, temporary: Path, record: Record) -> None:
+        self._records.read()
+        if self._good(part, record["rows"]):
+            return  # another worker's: what is good is never replaced
+        if self._records.known.get(record["part"]) != record:
+            self._records.add(record)
+        os.replace(temporary, self.path(part))
+        sync(self.out)
 
-def to_table(users: pa.Array, lists: Lists, items: pa.Array) -> pa.Table:
-    """Columns user_id, item_ids, scores; places that could not be filled are left out of the lists."""
-    real = lists.ids > 0
-    offsets = to_arrow(np.concatenate([[0], np.cumsum(real.sum(axis=1))]).astype(np.int32))
-    ids = items.take(to_arrow(lists.ids[real] - 1)).cast(pa.string())
-    scores = to_arrow(lists.scores[real])
-    columns = [users.cast(pa.string()), pa.ListArray.from_arrays(offsets, ids)]
-    return pa.Table.from_arrays([*columns, pa.ListArray.from_arrays(offsets, scores)], schema=SCHEMA)
+    def finish(self) -> None:
+        """Puts the parts' lines in order, once all parts are there: the folder is then the same however it was made.
+
+        Raises:
+          MachineError: they cannot be written.
+        """
+        try:
+            with held(self.out, wait=True):
+                self._records.put_in_order()
+        except OSError as error:
+            raise MachineError(f"{self.out / RECORDS}: cannot be written ({error})") from None
+
+
+class _Records:
+    """The lines of `_parts.log`; of several lines of a part the last counts.
+
+    Attributes:
+      known: by the part's name.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._end = 0  # of the lines that were read
+        self.known: dict[str, Record] = {}
+
+    def read(self) -> None:
+        """Reads the lines that are new; what a kill cut off is no line."""
+        try:
+            with self._path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._end:  # another worker put them in order
+                    self._end = 0
+                file.seek(self._end)
+                content = file.read()
+        except FileNotFoundError:
+            return
+        content = content[: content.rfind(b"\n") + 1]
+        self._end += len(content)
+        for line in content.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("part"), str):
+                self.known[record["part"]] = record
+
+    def add(self, record: Record) -> None:
+        """Adds a line behind those that were read, on the disk when this returns."""
+        new = not self._path.exists()
+        with self._path.open("ab") as file:
+            file.truncate(self._end)  # half a line that a kill left
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+        self._end += len(_line(record))
+        self.known[record["part"]] = record
+        if new:
+            sync(self._path.parent)
+
+    def put_in_order(self) -> None:
+        """One line a part, by name."""
+        self.read()
+        lines = b"".join(_line(self.known[name]) for name in sorted(self.known))
+        if lines and self._path.read_bytes() != lines:
+            write_whole(self._path, lines)
+            self._end = len(lines)
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

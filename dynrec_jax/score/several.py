@@ -10,6 +10,7 @@ from dynrec_jax import workdir as workdirs
 from dynrec_jax.config import flat
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.evaluate.joined import joined, offered
+from dynrec_jax.evaluate.only import EVERYTHING, Only
 from dynrec_jax.evaluate.recommender import ListMaker, Recommender
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.workdir import Run
@@ -93,11 +94,26 @@ def open_together(
     return runs + [workdirs.open(path, step, place, processes, items, say) for path in others]
 
 
-def lists_of(runs: Sequence[Run], k: int, filter_seen: bool, processes: Processes = ALONE) -> ListMaker:
+def lists_of(
+    runs: Sequence[Run],
+    k: int,
+    filter_seen: bool,
+    processes: Processes = ALONE,
+    only: Only = EVERYTHING,
+    weights: Sequence[float] = (),
+) -> ListMaker:
     """Lists of `k` items by all of `runs` together; of one run, its own, as `Recommender.prepare` gives them.
 
+    Args:
+      runs: as `open_together` gives them.
+      k: length of the lists.
+      filter_seen: whether items of the history are left out.
+      processes: that make the lists together.
+      only: which items may be in a list.
+      weights: of each run's scores; empty for their mean.
+
     Raises:
-      NonFiniteScores: item vectors of one are not finite.
+      NonFiniteScores: an item vector is not finite.
     """
     length = k if len(runs) == 1 else offered(k, runs[0].items.number)
     makers = [
@@ -109,10 +125,11 @@ def lists_of(runs: Sequence[Run], k: int, filter_seen: bool, processes: Processe
             filter_seen,
             processes,
             run.items,
+            only,
         ).prepare(run.params, run.tables)
         for run in runs
     ]
-    return makers[0] if len(runs) == 1 else joined(makers, k)
+    return makers[0] if len(runs) == 1 else joined(makers, k, weights)
 
 
 def described(runs: Sequence[Run]) -> list[dict[str, Any]]:

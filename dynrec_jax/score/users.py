@@ -8,12 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as csv
-import pyarrow.parquet as pq
 
 from dynrec_jax.data.cache import Windows, from_start
 from dynrec_jax.data.units import UNIT_LESS, UNITS
 from dynrec_jax.errors import DataError
+from dynrec_jax.score.files import read_file, strings
 
 USER = ("user_id", "user")
 LISTS = ("item_ids", "items")
@@ -74,45 +73,18 @@ def read_table(path: Path) -> pa.Table:
     Raises:
       DataError: no such file, not readable, empty, or without a column of users that each row fills.
     """
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {found}; expected a CSV or Parquet file with a column user_id")
-    try:
-        table = pq.read_table(path) if path.suffix.lower() in (".parquet", ".pq") else _read_csv(path)
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path}: not readable as CSV or Parquet: {' '.join(str(error).split())}") from None
+    table = read_file(path, USER[0])
     names = table.column_names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"{path}: has the column {twice[0]} more than once; expected one of each name")
     user = next((name for name in USER if name in names), None)
     if user is None:
         raise DataError(f"{path}: has the columns {', '.join(names)}; expected one named user_id")
     if table.num_rows == 0:
         raise DataError(f"{path}: holds no users")
-    users = _strings(table.column(user), user, path)
+    users = strings(table.column(user), user, path)
     if users.null_count:
         row = pc.index(users.is_null(), True).as_py() + 1
         raise DataError(f"{path}: row {row} has no {user}; expected one in every row")
     return table.set_column(names.index(user), "user_id", users)
-
-
-def _read_csv(path: Path) -> pa.Table:
-    with path.open("rb") as file:
-        header = file.readline().decode("utf-8-sig").strip()
-    names = [name.strip().strip('"') for name in header.split(",")]
-    types = {name: pa.string() for name in names if name != "time"}
-    # An empty field is no value; a user called NA or null is one.
-    options = csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
-    return csv.read_csv(path, convert_options=options)
-
-
-def _strings(column: pa.ChunkedArray, name: str, path: Path) -> pa.Array:
-    """Ids as strings; raises DataError for a column that holds something else."""
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
-        raise DataError(f"{path}: column {name} is {kind}; ids are strings or integers")
-    # Two steps: Arrow casts no dictionary of integers to strings.
-    return column.combine_chunks().cast(kind).cast(pa.string())
 
 
 def has_histories(table: pa.Table) -> bool:
@@ -144,6 +116,7 @@ def new_histories(
     path: Path | None,
     first_time: int | None = None,
     event_types: Sequence[str] = (),
+    until: int | None = None,
 ) -> NewHistories:
     """Histories of a users file; unknown items are left out and counted.
 
@@ -155,15 +128,22 @@ def new_histories(
       path: of the file, for messages.
       first_time: of the dataset, in seconds since 1970.
       event_types: of the dataset, by index from 1.
+      until: events from this moment on, in seconds since 1970, are left out; None leaves out none.
 
     Raises:
-      DataError: a column of another type, a user with two lists, or no known item at all.
+      DataError: a column of another type, a user with two lists, or no known item at all; no times and an `until`.
     """
     place = path or Path("users")
     lists = next((name for name in LISTS if name in table.column_names), None)
     found = _of_lists(table, lists, place) if lists else _of_rows(table, place)
     index = pc.index_in(found.items, item_ids.cast(pa.string()))
     known = index.is_valid().to_numpy(zero_copy_only=False)
+    unknown = int((~known).sum())
+    if until is not None:
+        if found.times is None:
+            raise DataError(f"{place}: has no times, and --until asks for them; expected a column time")
+        known = known & (found.times < until)
+        index = pc.if_else(pa.array(known), index, pa.scalar(None, index.type))
     parents, numbers = found.parents[known], index.drop_null().to_numpy().astype(np.int32) + 1
     order = np.argsort(parents, kind="stable")
     counts = np.bincount(parents, minlength=len(found.users))
@@ -171,6 +151,7 @@ def new_histories(
     if len(kept) == 0:
         raise DataError(
             f"{place}: no item of these histories is in the model's catalogue of {len(item_ids):,} items"
+            + ("" if until is None else ", and before --until")
         )
     times = None if found.times is None else from_start(found.times, first_time or 0)[known][order]
     events = np.zeros(len(numbers), np.int32)
@@ -184,7 +165,7 @@ def new_histories(
         times=times,
         events=events,
         moment=0 if times is None else int(times.max()),
-        unknown_items=int((~known).sum()),
+        unknown_items=unknown,
         empty_users=len(found.users) - len(kept),
     )
 
@@ -198,7 +179,7 @@ def _of_lists(table: pa.Table, name: str, path: Path) -> _Events:
     if len(set(users)) < len(users):
         twice = next(user for i, user in enumerate(users) if user in users[:i])
         raise DataError(f"{path}: user {twice!r} has two rows; expected one list a user")
-    items = _strings(pa.chunked_array([pc.list_flatten(column)]), name, path)
+    items = strings(pa.chunked_array([pc.list_flatten(column)]), name, path)
 
     def beside(other: str) -> pa.ChunkedArray | None:
         """The values of another column of lists."""
@@ -227,7 +208,7 @@ def _lengths(lists: pa.Array) -> pa.Array:
 
 def _names(column: pa.ChunkedArray, name: str, path: Path) -> pa.Array | None:
     """Names of event types; None where the column has none at all."""
-    return None if pa.types.is_null(column.type) else _strings(column, name, path)
+    return None if pa.types.is_null(column.type) else strings(column, name, path)
 
 
 def _of_rows(table: pa.Table, path: Path) -> _Events:
@@ -242,7 +223,7 @@ def _of_rows(table: pa.Table, path: Path) -> _Events:
         table, times = table.take(order), seconds[order.to_numpy()]
     encoded = table.column("user_id").combine_chunks().dictionary_encode()
     parents = encoded.indices.to_numpy(zero_copy_only=False)
-    items = _strings(table.column("item"), "item", path)
+    items = strings(table.column("item"), "item", path)
     types = _names(table.column("event"), "event", path) if "event" in table.column_names else None
     return _Events(encoded.dictionary.to_pylist(), parents, items, times, types)
 

@@ -1,8 +1,10 @@
-"""Recommends for all users of a run's dataset, or those of a file; writes Parquet parts.
+"""Recommends for all users of a run's dataset, or those of a file; writes parts, Parquet by default.
 
-Columns: user_id (string), item_ids (list of string, best first), scores (list of float).
+Columns: user_id (string), item_ids (list of string, best first), scores (list of float). With --what, vectors of users
+and of items, or each item's neighbours.
 """
 
+import dataclasses
 import datetime
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from absl import flags
 
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import join
+from dynrec_jax.score.formats import FORMATS
+from dynrec_jax.score.options import LISTS, WHAT, ScoreOptions
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.evaluate import WITH, parse_step, paths_of
 from dynrec_jax.verbs.telling import teller
@@ -18,10 +22,21 @@ from dynrec_jax.verbs.telling import teller
 def define_flags() -> flags.FlagValues:
     """The verb's flags."""
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "run folder", flag_values=values)
-    flags.DEFINE_string(
-        "out", None, "folder of the Parquet parts; an interrupted job goes on", flag_values=values
+    flags.DEFINE_multi_string(
+        "workdir",
+        None,
+        "run folder; given several times, or with --with, the runs recommend together",
+        flag_values=values,
     )
+    flags.DEFINE_string("out", None, "folder of the parts; an interrupted job goes on", flag_values=values)
+    flags.DEFINE_enum(
+        "what",
+        LISTS,
+        WHAT,
+        "lists for users; vectors of users, of items, or both; or neighbours, a list for each item",
+        flag_values=values,
+    )
+    flags.DEFINE_enum("format", "parquet", sorted(FORMATS), "of the parts", flag_values=values)
     flags.DEFINE_integer(
         "k", None, "length of the lists [100, or the whole catalogue]", lower_bound=1, flag_values=values
     )
@@ -32,6 +47,30 @@ def define_flags() -> flags.FlagValues:
         "items that came after training, as `prepare --items` takes them: ranked by their text and features",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "allow", None, "CSV, Parquet or .txt of the only items that may be in a list", flag_values=values
+    )
+    flags.DEFINE_string("deny", None, "the same, of items that may not", flag_values=values)
+    flags.DEFINE_string(
+        "where",
+        "",
+        "a rule on the items' columns, in SQL, that those in a list keep: \"in_stock and category <> 'adult'\"",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "candidates",
+        None,
+        "CSV or Parquet with user_id and item_id (or lists item_ids): what each user is offered, and nothing else",
+        flag_values=values,
+    )
+    flags.DEFINE_float("min_score", None, "leave out items with a lower score", flag_values=values)
+    flags.DEFINE_integer(
+        "hops",
+        None,
+        "how often the mixture refines the query [as the run was trained]",
+        lower_bound=0,
+        flag_values=values,
+    )
     flags.DEFINE_boolean("filter_seen", False, "leave out items of the history", flag_values=values)
     flags.DEFINE_enum(
         "split", "all", ["all", "test", "validation"], "which history to recommend from", flag_values=values
@@ -40,10 +79,19 @@ def define_flags() -> flags.FlagValues:
         "at",
         None,
         "when the lists are asked for, as 2026-01-31, 2026-01-31T20:15 (UTC) or seconds since 1970, for a model with "
-        "model.query_time [the time of the last event]",
+        "model.query_time [--until, or the time of the last event]",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "until", None, "read histories up to this moment, as --at says it [all of them]", flag_values=values
+    )
     flags.DEFINE_string("with", None, WITH, flag_values=values)
+    flags.DEFINE_list(
+        "weights",
+        [],
+        "of several runs' scores, as 0.7,0.3: scores are their sum [their mean]",
+        flag_values=values,
+    )
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
     flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
@@ -56,40 +104,71 @@ def run(values: flags.FlagValues) -> None:
         if not values[name].value:
             raise ConfigError(f"--{name} is missing; expected {what}")
     from dynrec_jax import workdir as workdirs
-    from dynrec_jax.evaluate.evaluator import LIST_LENGTH
-    from dynrec_jax.score.job import ScoreOptions, score
+    from dynrec_jax.score.job import score
     from dynrec_jax.score.several import open_together
 
-    step, others = parse_step(values.step), paths_of(values["with"].value)
+    first, *more = (Path(path) for path in values.workdir)
+    step, others = parse_step(values.step), [*more, *paths_of(values["with"].value)]
+    options = options_of(values)
     processes = join()
     processes.start_jax()
-    keep_programs(
-        processes.agree(lambda: workdirs.open_config(Path(values.workdir))), values.cache_dir, processes
-    )
+    keep_programs(processes.agree(lambda: workdirs.open_config(first)), values.cache_dir, processes)
     runs = open_together(
-        [Path(values.workdir), *others],
+        [first, *others],
         step,
         values.dataset,
         processes,
         values["items"].value,
         teller(processes),
     )
-    options = ScoreOptions(
-        k=min(LIST_LENGTH, runs[0].items.number) if values.k is None else values.k,
-        filter_seen=values.filter_seen,
-        split=values.split,
-        users=Path(values.users) if values.users else None,
-        cache_dir=values.cache_dir or "",
-        at=None if values.at is None else parse_moment(values.at),
-    )
+    if values.k is None:
+        options = dataclasses.replace(options, k=min(options.k, runs[0].items.number))
     done = score(runs[0], Path(values.out), options, processes, runs[1:])
     if not processes.first:
         return
+    rows = " and ".join(f"{done[unit]:,} {unit}" for unit in ("users", "items") if done[unit]) or "no users"
     told = f" ({done['skipped']} were there already)" if done["skipped"] else ""
-    print(f"{done['users']:,} users, {done['parts']} parts in {values.out}{told}")
+    print(f"{rows}, {done['parts']} parts in {values.out}{told}")
 
 
-def parse_moment(text: str) -> int:
+def options_of(values: flags.FlagValues) -> ScoreOptions:
+    """What the flags ask for.
+
+    Raises:
+      ConfigError: a moment or a weight cannot be read.
+    """
+    try:
+        shares = tuple(float(weight) for weight in values.weights)
+    except ValueError:
+        raise ConfigError(
+            f"--weights={','.join(values.weights)}: expected numbers with commas between, as 0.7,0.3"
+        ) from None
+
+    def path(text: str | None) -> Path | None:
+        return Path(text) if text else None
+
+    given = {} if values.k is None else {"k": values.k}
+    return ScoreOptions(
+        **given,
+        filter_seen=values.filter_seen,
+        split=values.split,
+        users=path(values.users),
+        cache_dir=values.cache_dir or "",
+        at=None if values.at is None else parse_moment(values.at, "at"),
+        until=None if values.until is None else parse_moment(values.until, "until"),
+        what=values.what,
+        file_format=str(values["format"].value),
+        allow=path(values.allow),
+        deny=path(values.deny),
+        where=values.where,
+        candidates=path(values.candidates),
+        min_score=values.min_score,
+        hops=values.hops,
+        shares=shares,
+    )
+
+
+def parse_moment(text: str, flag: str = "at") -> int:
     """Seconds since 1970 of a date, a time of day (UTC unless it says another zone), or such seconds themselves.
 
     Raises:
@@ -101,7 +180,8 @@ def parse_moment(text: str) -> int:
         moment = datetime.datetime.fromisoformat(text)
     except ValueError:
         raise ConfigError(
-            f"--at={text}: expected a date such as 2026-01-31, a time such as 2026-01-31T20:15, or seconds since 1970"
+            f"--{flag}={text}: expected a date such as 2026-01-31, a time such as 2026-01-31T20:15, or seconds since "
+            "1970"
         ) from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=datetime.UTC)

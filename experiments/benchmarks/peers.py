@@ -243,17 +243,17 @@ def score_under_stopwatch() -> int:
     from dynrec_jax import allocator, cli
 
     allocator.restart_with_kept_memory()  # as the console script begins; this script starts again
-    from dynrec_jax.score import job
+    from dynrec_jax.score import job, several
 
     # Both calls have one recommender, and so one set of compiled programs; nothing else of the first is kept.
-    make, made = job.Recommender, []
+    make, made = several.Recommender, []
 
     def once(*settings: Any) -> Any:
         if not made:
             made.append(make(*settings))
         return made[0]
 
-    job.Recommender = once
+    several.Recommender = once
 
     def watched(run: Any, out: Path, *others: Any) -> dict[str, int]:
         began = time.perf_counter()

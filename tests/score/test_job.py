@@ -8,7 +8,8 @@ import pytest
 
 from dynrec_jax import workdir as workdirs
 from dynrec_jax.errors import ConfigError
-from dynrec_jax.score.job import ScoreOptions, score
+from dynrec_jax.score.job import score
+from dynrec_jax.score.options import ScoreOptions
 
 from ..commands import dynrec
 from .conftest import ITEMS

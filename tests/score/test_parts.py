@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dynrec_jax.evaluate import recommender
-from dynrec_jax.score import job, parts
+from dynrec_jax.files import LOCK, is_temporary
+from dynrec_jax.score import parts, queries
 
 from ..commands import SHARDS, Made, a_shard_each, digest, dynrec, leftover, one_line
 
@@ -17,7 +18,7 @@ from ..commands import SHARDS, Made, a_shard_each, digest, dynrec, leftover, one
 @pytest.fixture(autouse=True)
 def a_part_a_shard(monkeypatch):
     """So that a job of a few users has several parts."""
-    monkeypatch.setattr(job, "groups", a_shard_each)
+    monkeypatch.setattr(queries, "groups", a_shard_each)
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,10 @@ def whole(shop, tmp_path_factory) -> dict[str, str]:
     """What an uninterrupted job leaves."""
     out = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "groups", a_shard_each)
+        patch.setattr(queries, "groups", a_shard_each)
         assert dynrec("score", workdir=shop.workdir, out=out, k=5) == 0
     found = digest(out)
-    assert len(found) == SHARDS + 1
+    assert len(found) == SHARDS + 3  # the parts, whose they are, their digests, and the lock
     return found
 
 
@@ -44,6 +45,11 @@ def written(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(parts.Parts, "write", counted)
     return numbers
+
+
+def parts_in(found: dict[str, str]) -> dict[str, str]:
+    """Without what says which parts there are: it grows with them."""
+    return {name: value for name, value in found.items() if name not in (parts.RECORDS, LOCK)}
 
 
 def score(made: Made, out: Path, **values: object) -> int:
@@ -62,7 +68,7 @@ def test_a_job_that_is_interrupted_goes_on(shop, whole, written, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupted)
         assert score(shop, out) == 130
-    kept = digest(out)
+    kept = parts_in(digest(out))
     assert kept.items() < whole.items()  # no half of a part, under any name
     assert (sum(name.endswith(".parquet") for name in kept), written) == (1, [0, 1])
     capsys.readouterr()
@@ -85,8 +91,8 @@ def test_a_last_part_that_cannot_be_written_is_told(shop, whole, tmp_path, monke
     monkeypatch.setattr(os, "replace", fails)
     assert score(shop, out) == 1
     assert f"part-{SHARDS - 1:05d}" in capsys.readouterr().err.splitlines()[-1]
-    kept = digest(out)
-    assert len(kept) == len(whole) - 1
+    kept = parts_in(digest(out))
+    assert len(kept) == len(parts_in(whole)) - 1
     assert kept.items() < whole.items()
 
 
@@ -126,7 +132,7 @@ def test_the_output_of_another_job_is_refused_with_the_difference(
     switches, values, named, shop, lists, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job, "groups", recommender.groups)  # as `lists` was made
+    monkeypatch.setattr(queries, "groups", recommender.groups)  # as `lists` was made
     Path("some.csv").write_text("user_id\n001\n")
     before = digest(lists)
     capsys.readouterr()
@@ -147,9 +153,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from dynrec_jax.cli import main
-from dynrec_jax.score import job
+from dynrec_jax.score import queries
 from tests.commands import a_shard_each
-job.groups = a_shard_each
+queries.groups = a_shard_each
 replace = os.replace
 def killed(source, target):
     if Path(target).name.startswith("part-00002"):
@@ -173,9 +179,9 @@ def test_a_process_that_is_killed_leaves_whole_parts(shop, whole, written, tmp_p
     )
     assert done.returncode == -signal.SIGKILL
     kept = digest(out)
-    half = [name for name in kept if name.startswith(".")]
+    half = [name for name in kept if is_temporary(Path(name))]
     assert len(half) == 1  # of the killed process; readers of Parquet folders pass it over
-    assert {name: kept[name] for name in kept if name not in half}.items() < whole.items()
+    assert {name: kept[name] for name in parts_in(kept) if name not in half}.items() < whole.items()
     assert score(shop, out) == 0
     assert written == [2, 3]
     assert digest(out) == whole

@@ -15,7 +15,8 @@ from dynrec_jax import workdir as workdirs
 from dynrec_jax.data.new_items import NewItems
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import Processes
-from dynrec_jax.score import job
+from dynrec_jax.score import job, queries
+from dynrec_jax.score.options import ScoreOptions
 from dynrec_jax.score.several import open_together
 
 from ..commands import Made, a_shard_each, dynrec, make, one_line, small_run
@@ -66,7 +67,7 @@ def assert_joined(together: pd.DataFrame, alone: list[pd.DataFrame], shown: pd.D
 def test_lists_are_by_the_mean_of_all_scores_and_metrics_are_those_of_the_lists(
     runs: tuple[Made, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(job, "groups", a_shard_each)  # several parts
+    monkeypatch.setattr(queries, "groups", a_shard_each)  # several parts
     a, b = runs
     flags = {"split": "test"}
     together = frame(a, tmp_path / "ab", "filter_seen", k=10, **flags, **{"with": b.workdir})
@@ -144,7 +145,7 @@ def test_a_job_of_other_new_items_is_another_job_whichever_run_reads_them(runs: 
             dataclasses.replace(run, new=NewItems(table, 0, 0, 0))
             for run, table in zip(opened, tables, strict=True)
         ]
-        return job._manifest(given, job.ScoreOptions(), ["one", "two"])
+        return job._manifest(given, ScoreOptions(), ["one", "two"])
 
     assert manifest("red", "blue") == manifest("red", "blue")
     assert manifest("red", "blue") != manifest("red", "green")

@@ -30,6 +30,9 @@ VERBS = {
 }
 HEAVY = ("train", "sweep", "evaluate", "compare", "report", "score")  # verbs that compute with XLA
 ALONE = ("prepare", "sweep", "compile", "compare", "report")  # verbs of one process
+# Flags that may name what lies in an object store: it is copied to this machine's cache and read there.
+FILES = ("users", "items", "allow", "deny", "candidates")
+FETCHED = {"score": ("workdir", "with", "dataset", *FILES), "compare": ("workdirs", "dataset")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,8 +85,21 @@ def _run(arguments: list[str]) -> int:
     if several() and verb in ALONE:
         raise ConfigError(f"{verb} runs in one process, and this is one of several ({COUNT}); start one")
     values = _parse(verb, module, arguments[1:])
+    for name in FETCHED.get(verb, ()):
+        values[name].value = _here(values[name].value)
     module.run(values)
     return 0
+
+
+def _here(value: str | list[str] | None) -> str | list[str] | None:
+    """A flag's value with copies in place of what lies in an object store; several paths have commas between."""
+    if isinstance(value, list):
+        return [str(_here(each)) for each in value]
+    if value is None or "://" not in value:
+        return value
+    from dynrec_jax.data.remote import fetched
+
+    return ",".join(str(fetched(path)) if "://" in path else path for path in value.split(","))
 
 
 def _parse(verb: str, module: ModuleType, arguments: list[str]) -> flags.FlagValues:

@@ -28,6 +28,7 @@ from dynrec_jax import __version__
 from dynrec_jax import config as configs
 from dynrec_jax.data.dataset import Dataset, open_dataset
 from dynrec_jax.data.new_items import NewItems, read_new_items
+from dynrec_jax.data.remote import fetched
 from dynrec_jax.errors import ConfigError, DataError, HeldRunError, MachineError
 from dynrec_jax.files import LOCK, HeldError, held, is_temporary, remove_temporary, write_whole
 from dynrec_jax.models.features import Items, read_items
@@ -219,7 +220,7 @@ def open(
     """Opens a run on this machine's devices, without the optimizer's state.
 
     Args:
-      path: the run folder.
+      path: the run folder; or its address in an object store, such as `gs://bucket/run`, as `dataset` may be too.
       step: "best" by validation (the last where none was measured), "last", or a step's number.
       dataset: where the dataset folder lies now, if not where the run found it; its content must be the same.
       processes: that open it together, each on its devices.
@@ -230,7 +231,8 @@ def open(
       DataError: no run folder, no such checkpoint, another dataset; no new item in `items`, or nothing tells of it.
       ConfigError: a config of another version; a model of ids alone, which knows nothing of new `items`.
     """
-    path = Path(path)
+    path = fetched(str(path))
+    dataset = None if dataset is None else fetched(str(dataset))
     config, data, new, mesh = processes.agree(lambda: _opened(path, dataset, items))
     processes.check_same(
         {"config": configs.to_json(config), "content of the dataset folder": data.content, "step": step},

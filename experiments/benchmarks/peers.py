@@ -1,7 +1,7 @@
 """Training and scoring beside RecTools and SASRec in PyTorch: in turns, same data, same sizes, same cores.
 
     python experiments/benchmarks/peers.py [--out=FILE] [--source=KIND:PATH] [--rounds=3]
-        [--peers=rectools,torch,torch-tuned,dynrec,dynrec-default] [--venv=FOLDER] [--warm_up=12] [--measured=40]
+        [--peers=rectools,torch,torch-tuned,dynrec,dynrec-default,faiss] [--venv=FOLDER] [--warm_up=12] [--measured=40]
 
 Sizes are those of MovieLens-1M, and `--source=sequences:FILE` takes that itself: 6,040 histories, 3,416 items, D 64,
 2 layers, 2 heads, L 200, batch 128, dropout 0.2, softmax over the whole catalogue, forward traversal alone; the last
@@ -20,6 +20,9 @@ scoring   Users a second: the best 100 items after the whole history of every us
           Parquet with the source's ids), the second time in a process, since the peers too are timed after a first
           call; the first, which compiles, is in `rounds`. torch: from ready tensors to tensors. rectools: `recommend`,
           from its dataset to a table.
+ranking   Users a second of the part that FAISS' exact flat index does too: from vectors of users and items to the best
+          100 ids and scores, nothing left out. Both rank the same vectors, of the round's run of dynrec; `faiss` does
+          nothing else (`peers_faiss.py`).
 memory    The most that the process ever held, as the operating system counts it; of dynrec the larger of its two
           commands.
 
@@ -69,8 +72,10 @@ NETWORKS = {
     "dynrec": {"model.block": "seed", "model.feedforward": 1.0},
     "dynrec-default": {"model.block": "prenorm", "model.feedforward": 4.0},
 }
-UNITS = {"training": "histories/s", "scoring": "users/s", "memory": "GB"}
+FAISS = {"faiss-cpu": "1.15.1", "numpy": "1.26.4"}
+UNITS = {"training": "histories/s", "scoring": "users/s", "ranking": "users/s", "memory": "GB"}
 LINES, DROPPED = 4, 2  # lines of metrics.jsonl that are measured, and those before: they hold the compilation
+RANKED = 5  # times that the ranking is repeated; the median counts
 STOPWATCH = "DYNREC_BENCHMARK_STOPWATCH"  # where `dynrec score` under a stopwatch writes its seconds
 SYNTHETIC = "synthetic:users=6040,items=3416,seed=0"
 
@@ -211,16 +216,32 @@ def run_dynrec(bench: Bench, peer: str, round_: int) -> Measured:
     score = [sys.executable, str(Path(__file__).resolve()), "score", *flags]
     wall, memory = run(score, workdir.with_suffix(".score.log"), **{STOPWATCH: str(watch)})
     watched = json.loads(watch.read_text(encoding="utf-8"))
+    vectors = bench.folder / f"vectors-{round_}.npz"
+    rank = [sys.executable, str(Path(__file__).resolve()), "rank", str(workdir), str(vectors), str(k)]
+    run(rank, workdir.with_suffix(".rank.log"))
     return {
         # Each line is of as many histories, so the rate over all of them is the harmonic mean.
         "training": statistics.harmonic_mean([line["histories_per_second"] for line in logged]),
         "scoring": watched["users"] / watched["seconds"],
+        "ranking": float(np.load(vectors)["rate"]),
         "memory": max(train_memory, memory),
         "loss": logged[-1]["loss"],
         "train": {"seconds": train_wall, "memory": train_memory},
         "score": {"seconds": wall, "memory": memory, "once open": watched},
         "versions": json.loads((workdir / "run.json").read_text(encoding="utf-8"))["versions"],
     }
+
+
+def run_faiss(bench: Bench, peer: str, round_: int) -> Measured:
+    """FAISS over the vectors of this round's run of dynrec."""
+    vectors, result = bench.folder / f"vectors-{round_}.npz", bench.folder / f"{peer}-{round_}.json"
+    if not vectors.exists():
+        raise PeerFailed("there are no vectors to rank; dynrec comes before it")
+    settings = bench.folder / "settings.json"
+    settings.write_text(json.dumps(bench.settings), encoding="utf-8")
+    script = [HERE / "peers_faiss.py", vectors, settings, result]
+    wall, memory = run([str(bench.python), *map(str, script)], result.with_suffix(".log"))
+    return {**json.loads(result.read_text(encoding="utf-8")), "memory": memory, "seconds": wall}
 
 
 class Peer(NamedTuple):
@@ -235,6 +256,7 @@ PEERS = {
     "torch": Peer(run_script, TORCH),
     "torch-tuned": Peer(run_script, TORCH),
     **{peer: Peer(run_dynrec, {}) for peer in NETWORKS},
+    "faiss": Peer(run_faiss, FAISS),
 }
 
 
@@ -268,6 +290,54 @@ def score_under_stopwatch() -> int:
     return cli.main()
 
 
+def rank(workdir: str, vectors: str, k: int) -> int:
+    """Times the ranking of a run's batches, and keeps what was ranked for FAISS."""
+    from dynrec_jax import allocator
+
+    allocator.restart_with_kept_memory()
+    import jax
+
+    from dynrec_jax import workdir as workdirs
+    from dynrec_jax.data.cache import Histories
+    from dynrec_jax.evaluate.recommender import Recommender
+
+    opened = workdirs.open(workdir, "last")
+    stored = Histories(opened.dataset, opened.config.data.cache_dir)
+    batch = opened.config.evaluation.batch_size
+    made = Recommender(opened.model, opened.mesh, batch, k, False, items=opened.items)
+    make = made.prepare_vectors(opened.params, opened.tables)
+    users = make(stored, np.arange(stored.users), stored.lengths)
+    _, table = made.vectors(opened.params, opened.tables)
+    # As the encoder would give them: the scale comes with the ranking.
+    batches = np.split(users / opened.model.abra.scale, range(batch, len(users), batch))[:-1]
+    reads = [(jax.device_put(u), jax.numpy.zeros((batch, 1), np.int32)) for u in batches]
+    seen = jax.numpy.zeros((batch, 1), np.int32)
+
+    def all_of_them() -> float:
+        began = time.perf_counter()
+        found = None
+        for read in reads:
+            next_ = made._rank(read, table, seen)
+            if found is not None:
+                _ = np.asarray(found[0]), np.asarray(found[1])
+            found = next_
+        assert found is not None
+        _ = np.asarray(found[0]), np.asarray(found[1])
+        return time.perf_counter() - began
+
+    with jax.set_mesh(opened.mesh):
+        all_of_them()  # compiles
+        seconds = statistics.median(all_of_them() for _ in range(RANKED))
+    np.savez(
+        vectors,
+        users=np.concatenate(batches),
+        items=np.asarray(table)[1 : opened.items.number + 1],
+        batch=batch,
+        rate=len(reads) * batch / seconds,
+    )
+    return 0
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Median, lowest and highest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
@@ -277,7 +347,11 @@ def summarise(rounds: dict[str, list[Measured]]) -> dict[str, Any]:
     """`training`, `scoring` and `memory` by peer, and the ratios of dynrec's two networks to the other peers."""
     summary: dict[str, Any] = {}
     for measure, unit in UNITS.items():
-        values = {peer: [each[measure] for each in measured] for peer, measured in rounds.items()}
+        values = {
+            peer: [each[measure] for each in measured]
+            for peer, measured in rounds.items()
+            if all(measure in each for each in measured)
+        }
         summary[measure] = {peer: {**spread(each), "unit": unit} for peer, each in values.items()}
         summary.setdefault("ratios", {})[measure] = ratios(values, "dynrec")
         summary.setdefault("default_ratios", {})[measure] = ratios(values, "dynrec-default")
@@ -300,15 +374,17 @@ def show(console: Console, summary: dict[str, Any], peers: list[str]) -> None:
     """Prints the table."""
     table = Table("", *(f"{measure}, {unit}" for measure, unit in UNITS.items()))
     for peer in peers:
-        table.add_row(peer, *(_told(summary[name][peer], 2 if name == "memory" else 0) for name in UNITS))
+        table.add_row(peer, *(_told(summary[name].get(peer), 2 if name == "memory" else 0) for name in UNITS))
     table.add_section()
     for ours, found in (("dynrec", summary["ratios"]), ("dynrec-default", summary["default_ratios"])):
-        for peer in found["training"]:
-            table.add_row(f"{ours} / {peer}", *(_told(found[name][peer], 2) for name in UNITS))
+        for peer in found["memory"]:
+            table.add_row(f"{ours} / {peer}", *(_told(found[name].get(peer), 2) for name in UNITS))
     console.print(table)
 
 
-def _told(value: dict[str, float], digits: int) -> str:
+def _told(value: dict[str, float] | None, digits: int) -> str:
+    if value is None:
+        return ""
     return "{:,.{n}f} ({:,.{n}f}–{:,.{n}f})".format(value["median"], value["low"], value["high"], n=digits)
 
 
@@ -372,8 +448,9 @@ def measure_in_turns(
                 missing[peer] = f"failed: {error}"
                 continue
             done[peer].append(measured)
-            told = ", ".join(f"{measured[name]:,.1f} {unit}" for name, unit in UNITS.items())
-            console.print(f"round {round_ + 1}: {peer}: {told}, loss {measured['loss']:.2f}")
+            told = [f"{measured[name]:,.1f} {unit}" for name, unit in UNITS.items() if name in measured]
+            told += [f"loss {measured['loss']:.2f}"] if "loss" in measured else []
+            console.print(f"round {round_ + 1}: {peer}: {', '.join(told)}")
     return {peer: each for peer, each in done.items() if peer not in missing}, missing
 
 
@@ -408,4 +485,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["rank"]:
+        sys.exit(rank(sys.argv[2], sys.argv[3], int(sys.argv[4])))
     sys.exit(score_under_stopwatch() if sys.argv[1:2] == ["score"] else main())

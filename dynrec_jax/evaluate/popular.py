@@ -7,6 +7,7 @@ from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.cold import cold_items
 from dynrec_jax.data.examples import Splits
 from dynrec_jax.data.pipeline import time_cuts
+from dynrec_jax.evaluate.beyond import Known, known, shares
 
 
 def popularity_counts(
@@ -33,3 +34,11 @@ def popularity_counts(
         recent_U = np.maximum(np.ceil(splits.train_end * share).astype(np.int64), 1)
         result["recent_popularity"] = histories.item_counts(splits.train_end, splits.train_end - recent_U)
     return {name: np.where(cold_N, 0, counts) for name, counts in result.items()}
+
+
+def known_of(histories: Histories, splits: Splits, config: ml_collections.ConfigDict) -> Known:
+    """What lists are measured by (`evaluate.beyond`), of the events that train; all shards are held."""
+    cold_N = cold_items(histories.dataset.items, config.data.cold_items)
+    holders_N = np.where(cold_N, 0, histories.holders(splits.train_end))
+    users = int((splits.train_end > 0).sum())
+    return known(holders_N, users, histories.means(shares(holders_N, users), splits.train_end))

@@ -36,7 +36,7 @@ class Parts:
         self._manifest = {**manifest, "parts": number}
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{out}: is a file; choose another --out")
-        found = _read(out / MANIFEST)
+        found = read_manifest(out / MANIFEST)
         if found is not None:
             changed = sorted(
                 key for key in {*found, *self._manifest} if found.get(key) != self._manifest.get(key)
@@ -63,7 +63,7 @@ class Parts:
 
     def path(self, part: int) -> Path:
         """Where a part lies."""
-        return self.out / f"part-{part:05d}-of-{self._number:05d}.parquet"
+        return self.out / part_name(part, self._number)
 
     def done(self, part: int, rows: int) -> bool:
         """Whether a part is there with this many rows."""
@@ -104,7 +104,13 @@ def to_table(users: pa.Array, lists: Lists, items: pa.Array) -> pa.Table:
     return pa.Table.from_arrays([*columns, pa.ListArray.from_arrays(offsets, scores)], schema=SCHEMA)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def part_name(part: int, number: int) -> str:
+    """The file of a part, of so many."""
+    return f"part-{part:05d}-of-{number:05d}.parquet"
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """What a folder's manifest says; None where it has none. Raises ConfigError where it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

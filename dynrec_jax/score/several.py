@@ -12,6 +12,7 @@ from dynrec_jax.errors import ConfigError
 from dynrec_jax.evaluate.joined import joined, offered
 from dynrec_jax.evaluate.recommender import ListMaker, Recommender
 from dynrec_jax.parallel.processes import ALONE, Processes
+from dynrec_jax.score.rerank import Rerank
 from dynrec_jax.workdir import Run
 
 FILTER_SEEN = "evaluation.filter_seen"
@@ -93,14 +94,23 @@ def open_together(
     return runs + [workdirs.open(path, step, place, processes, items, say) for path in others]
 
 
-def lists_of(runs: Sequence[Run], k: int, filter_seen: bool, processes: Processes = ALONE) -> ListMaker:
+def lists_of(
+    runs: Sequence[Run],
+    k: int,
+    filter_seen: bool,
+    processes: Processes = ALONE,
+    rerank: Rerank | None = None,
+) -> ListMaker:
     """Lists of `k` items by all of `runs` together; of one run, its own, as `Recommender.prepare` gives them.
+
+    With `rerank`, lists of `k` items that are made from longer ones; how alike items are, the first run says.
 
     Raises:
       NonFiniteScores: item vectors of one are not finite.
     """
-    length = k if len(runs) == 1 else offered(k, runs[0].items.number)
-    makers = [
+    pool = k if rerank is None else rerank.length(k, runs[0].items.number)
+    length = pool if len(runs) == 1 else offered(pool, runs[0].items.number)
+    recommenders = [
         Recommender(
             run.model,
             run.mesh,
@@ -109,10 +119,16 @@ def lists_of(runs: Sequence[Run], k: int, filter_seen: bool, processes: Processe
             filter_seen,
             processes,
             run.items,
-        ).prepare(run.params, run.tables)
+        )
         for run in runs
     ]
-    return makers[0] if len(runs) == 1 else joined(makers, k)
+    vectors = [each.vectors(run.params, run.tables) for each, run in zip(recommenders, runs, strict=True)]
+    makers = [
+        each.prepare(run.params, run.tables, own)
+        for each, run, own in zip(recommenders, runs, vectors, strict=True)
+    ]
+    made = makers[0] if len(runs) == 1 else joined(makers, pool)
+    return made if rerank is None else rerank.of(made, runs[0].mesh, vectors[0][1], k, processes)
 
 
 def described(runs: Sequence[Run]) -> list[dict[str, Any]]:

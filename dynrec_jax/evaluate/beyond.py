@@ -12,6 +12,10 @@ from dynrec_jax.batch import PAD
 
 GROUPS = ("niche", "diverse", "blockbuster")  # users in thirds, by how popular what they took is
 ALL, NO_GROUP = "all", -1
+HEAD, MIDDLE, TAIL = range(3)  # of items, by their events
+KINDS = 3
+CUTS = (0.2, 0.8)  # shares of all events where the head ends and the tail begins
+SMOOTHING = 0.01  # α of calibration: how much of the history's spread a list's own is mixed with
 
 
 class Known(NamedTuple):
@@ -22,25 +26,16 @@ class Known(NamedTuple):
       information_N: float64[N + 1], `self_information` of each item.
       profile_U: float64[U], the mean popularity of what each user of the dataset took; NaN of one who took nothing.
       group_U: int64[U], which of `GROUPS` each of them is of; `NO_GROUP` for none.
+      kind_N: int32[N + 1], whether each item is of the HEAD, the MIDDLE or the TAIL (`popularity_groups`).
+      spread_UxG: float64[U, 3], how what each user took is spread over these; NaN of one who took nothing.
     """
 
     share_N: np.ndarray
     information_N: np.ndarray
     profile_U: np.ndarray
     group_U: np.ndarray
-
-
-def known(holders_N: np.ndarray, users: int, mean_share_U: np.ndarray) -> Known:
-    """`Known` from counts.
-
-    Args:
-      holders_N: int64[N + 1], histories that have each item.
-      users: how many histories there are.
-      mean_share_U: as `Known.profile_U`.
-    """
-    return Known(
-        shares(holders_N, users), self_information(holders_N, users), mean_share_U, thirds(mean_share_U)
-    )
+    kind_N: np.ndarray
+    spread_UxG: np.ndarray
 
 
 def shares(holders_N: np.ndarray, users: int) -> np.ndarray:
@@ -68,6 +63,34 @@ def thirds(profile_U: np.ndarray) -> np.ndarray:
     order = there[np.argsort(profile_U[there], kind="stable")]
     group_U[order] = np.arange(len(order)) * len(GROUPS) // max(len(order), 1)
     return group_U
+
+
+def popularity_groups(counts_N: np.ndarray) -> np.ndarray:
+    """int32[N + 1], HEAD, MIDDLE or TAIL of each item by its events.
+
+    The most popular items that have a fifth of all events together are the head, the least popular ones that have a
+    fifth the tail (Abdollahpouri et al., UMAP 2021); what has none is in the tail. Equal counts by the lowest index.
+
+    Args:
+      counts_N: int64[N + 1], events of each item; item 0 is none.
+    """
+    order = np.argsort(-counts_N[1:], kind="stable") + 1
+    sorted_N = counts_N[order]
+    before = (np.cumsum(sorted_N) - sorted_N) / max(int(sorted_N.sum()), 1)
+    group_N = np.full(len(counts_N), TAIL, np.int32)
+    group_N[order] = np.where(sorted_N > 0, np.searchsorted(CUTS, before, side="right"), TAIL)
+    return group_N
+
+
+def divergence(p_UxG: np.ndarray, q_UxG: np.ndarray) -> np.ndarray:
+    """float64[U], `KL(p || 0.99 q + 0.01 p)` in nats: how far lists are from being spread as histories are.
+
+    Steck's miscalibration (Calibrated Recommendations, RecSys 2018); NaN where either is.
+    """
+    mixed_UxG = (1 - SMOOTHING) * q_UxG + SMOOTHING * p_UxG
+    there = p_UxG != 0
+    ratio = np.where(there, p_UxG, 1.0) / np.where(there, mixed_UxG, 1.0)
+    return (p_UxG * np.log(ratio)).sum(axis=1)
 
 
 def gini(counts_N: np.ndarray) -> float:
@@ -193,7 +216,7 @@ class Beyond:
           apart: by name, how varied each list is at each cut-off, `[len(ks), U]`.
         """
         group_U = np.where(users_U >= 0, self._by.group_U[users_U], NO_GROUP)
-        profile_U = self._by.profile_U[users_U]
+        profile_U, spread_UxG = self._by.profile_U[users_U], self._by.spread_UxG[users_U]
         self.users += len(users_U)
         self.unknown += int((users_U < 0).sum())
         self.without += int(((users_U >= 0) & (group_U == NO_GROUP)).sum())
@@ -203,6 +226,8 @@ class Beyond:
             share_U = list_means(self._by.share_N, ids)
             _add(self._means, f"novelty@{k}", list_means(self._by.information_N, ids))
             _add(self._means, f"popularity@{k}", share_U)
+            q_UxG = np.stack([list_means(self._by.kind_N == kind, ids) for kind in range(KINDS)], axis=1)
+            apart_U = divergence(spread_UxG, q_UxG)
             for name, values in apart.items():
                 _add(self._means, f"{name}@{k}", values[at])
             for name, group in self._groups.items():
@@ -210,6 +235,7 @@ class Beyond:
                 here_U = inside_U & ~np.isnan(share_U)
                 _add(group, f"popularity@{k}", share_U[here_U])
                 _add(group, f"history@{k}", profile_U[here_U])
+                _add(group, f"miscalibration@{k}", apart_U[here_U])
 
     def metrics(self) -> dict[str, Any]:
         """By name: means over lists, and `groups`, those of each group of users and of all who are of one.
@@ -217,7 +243,8 @@ class Beyond:
         `coverage@k` and `gini@k` of the whole catalogue, `novelty@k` in bits, what was given as `apart`, and
         `popularity@k`, the mean share of histories that have a list's items. Of groups, `history_popularity` too, the
         same of what they took, and `lift@k`, the group average popularity lift `(GAP_r - GAP_p) / GAP_p` of
-        Abdollahpouri et al. 2019, with `popularity@k` as GAP_r and `history_popularity` as GAP_p.
+        Abdollahpouri et al. 2019, with `popularity@k` as GAP_r and `history_popularity` as GAP_p; and
+        `miscalibration@k`, the `divergence` of lists from histories in what is of the HEAD, the MIDDLE and the TAIL.
         """
         result: dict[str, Any] = {}
         for k, shown in self._shown.items():
@@ -236,6 +263,7 @@ class Beyond:
             before = means[f"history@{k}"].value
             result |= {"users": now.count, "history_popularity": before, f"popularity@{k}": now.value}
             result[f"lift@{k}"] = (now.value - before) / before if before else 0.0
+            result[f"miscalibration@{k}"] = means[f"miscalibration@{k}"].value
         return result
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dynrec_jax.batch import PAD
+from dynrec_jax.evaluate.beyond import KINDS, SMOOTHING, TAIL
 from dynrec_jax.evaluate.recommender import HistorySource, ListMaker, Lists
 from dynrec_jax.parallel.mesh import feed, own_rows, place_rows, place_same
 from dynrec_jax.parallel.processes import ALONE, Processes
@@ -22,9 +23,6 @@ from dynrec_jax.parallel.table import lookup
 Array = jax.Array
 
 TOGETHER = 64  # users of a device whose lists are made at a time: on CPU, what its cache holds
-SMOOTHING = 0.01  # α of calibration: how much of the history's distribution a list's own is mixed with
-HEAD, MIDDLE, TAIL = range(3)
-CUTS = (0.2, 0.8)  # shares of the events where the head ends and the tail begins
 LAST = jnp.iinfo(jnp.int32).max
 
 
@@ -143,10 +141,10 @@ def _greedy(
         state, free_BxC, found_BxK, kept_BxK = carry
         value_BxC = jnp.where(free_BxC, value(state, taken), -jnp.inf)
         best_Bx1 = value_BxC.max(axis=1, keepdims=True)
+        # Where nothing is left, all are as good, and 0 is the lowest index: a pool has as many places as are taken.
         at_Bx1 = jnp.argmin(jnp.where(value_BxC == best_Bx1, ids_BxC, LAST), axis=1, keepdims=True)
-        there_Bx1 = best_Bx1 > -jnp.inf
-        id_Bx1 = jnp.where(there_Bx1, jnp.take_along_axis(ids_BxC, at_Bx1, axis=1), PAD)
-        score_Bx1 = jnp.where(there_Bx1, jnp.take_along_axis(scores_BxC, at_Bx1, axis=1), -jnp.inf)
+        id_Bx1 = jnp.take_along_axis(ids_BxC, at_Bx1, axis=1)
+        score_Bx1 = jnp.take_along_axis(scores_BxC, at_Bx1, axis=1)
         found_BxK = jax.lax.dynamic_update_slice_in_dim(found_BxK, id_Bx1, taken, axis=1)
         kept_BxK = jax.lax.dynamic_update_slice_in_dim(kept_BxK, score_Bx1, taken, axis=1)
         return take(state, at_Bx1), free_BxC & (place_C[None] != at_Bx1), found_BxK, kept_BxK
@@ -158,23 +156,6 @@ def _greedy(
     return found_BxK, kept_BxK
 
 
-def popularity_groups(counts_N: np.ndarray) -> np.ndarray:
-    """int32[N + 1], HEAD, MIDDLE or TAIL of each item by its events.
-
-    The most popular items that have a fifth of all events together are the head, the least popular ones that have a
-    fifth the tail (Abdollahpouri et al., UMAP 2021); what has none is in the tail. Equal counts by the lowest index.
-
-    Args:
-      counts_N: int64[N + 1], events of each item; item 0 is none.
-    """
-    order = np.argsort(-counts_N[1:], kind="stable") + 1
-    sorted_N = counts_N[order]
-    before = (np.cumsum(sorted_N) - sorted_N) / max(int(sorted_N.sum()), 1)
-    group_N = np.full(len(counts_N), TAIL, np.int32)
-    group_N[order] = np.where(sorted_N > 0, np.searchsorted(CUTS, before, side="right"), TAIL)
-    return group_N
-
-
 def history_shares(
     source: HistorySource, users_B: np.ndarray, ends_B: np.ndarray, group_N: np.ndarray
 ) -> np.ndarray:
@@ -184,9 +165,9 @@ def history_shares(
     """
     items_BxL = source.last_items(users_B, ends_B, max(int(ends_B.max(initial=0)), 1))
     real_BxL = items_BxL != PAD
-    count_BxG = np.stack(
-        [((group_N[items_BxL] == g) & real_BxL).sum(axis=1) for g in (HEAD, MIDDLE, TAIL)], axis=1
-    )
+    later_BxL = items_BxL >= len(group_N)  # items that came after training
+    group_BxL = np.where(later_BxL, TAIL, group_N[np.where(later_BxL, PAD, items_BxL)])
+    count_BxG = np.stack([((group_BxL == g) & real_BxL).sum(axis=1) for g in range(KINDS)], axis=1)
     return (count_BxG / np.maximum(real_BxL.sum(axis=1, keepdims=True), 1)).astype(np.float32)
 
 
@@ -206,7 +187,7 @@ def diversifying(mesh: Mesh, table_RxD: Array, k: int, weight: float) -> Again:
 
 
 def calibrating(mesh: Mesh, group_N: np.ndarray, k: int, weight: float) -> Again:
-    """`calibrated` by groups of items, int32[N + 1], as `popularity_groups` gives them."""
+    """`calibrated` by groups of items, int32[N + 1], as `evaluate.beyond.popularity_groups` gives them."""
     where = sharding(mesh)
     groups = place_same(where, group_N)
 
@@ -296,8 +277,8 @@ class Rerank:
       pool: candidates of a user, at most.
       diversify: λ of `diversified`; 0 for none.
       calibrate: λ of `calibrated`; 0 for none.
-      group_N: int32[N + 1], groups of items as `popularity_groups` gives them, where `calibrate` is used. Items behind
-        them came later and are in the tail.
+      group_N: int32[N + 1], groups of items as `evaluate.beyond.popularity_groups` gives them, where `calibrate` is
+        used. Items behind them came later and are in the tail.
     """
 
     pool: int

@@ -233,14 +233,18 @@ def _more(result: Mapping[str, Any]) -> list[str]:
 def _show_groups(result: Mapping[str, Any], ks: list[int], console: Console) -> None:
     table = Table(
         title="Popularity by group of users",
-        caption="users in thirds by the popularity of what they took; lift: (shown - taken) / taken",
+        caption="users in thirds by the popularity of what they took; lift: (shown - taken) / taken; apart: how far "
+        "the shares of popular, middling and rare items are from those taken",
+        pad_edge=False,
     )
-    for column in ("", "users", "taken", *(f"{name}@{k}" for k in ks for name in ("shown", "lift"))):
-        table.add_column(column, justify="right" if column else "left")
+    names = ("shown", "lift", "apart")
+    for column in ("", "users", "taken", *(f"{name}\n@{k}" for k in ks for name in names)):
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for name, group in result["groups"].items():
         if group:
-            values = [
-                text for k in ks for text in (f"{group[f'popularity@{k}']:.4f}", f"{group[f'lift@{k}']:+.1%}")
-            ]
-            table.add_row(name, f"{group['users']:,}", f"{group['history_popularity']:.4f}", *values)
+            values = [f"{group['users']:,}", f"{group['history_popularity']:.4f}"]
+            for k in ks:
+                values += [f"{group[f'popularity@{k}']:.4f}", f"{group[f'lift@{k}']:+.1%}"]
+                values.append(f"{group[f'miscalibration@{k}']:.3f}")
+            table.add_row(name, *values)
     console.print(table)

@@ -17,17 +17,21 @@ from dynrec_jax.data.content import TableHash
 from dynrec_jax.data.examples import NONE
 from dynrec_jax.data.pipeline import make_splits
 from dynrec_jax.errors import ConfigError, DataError
+from dynrec_jax.evaluate.beyond import popularity_groups
 from dynrec_jax.evaluate.evaluator import asked
+from dynrec_jax.evaluate.popular import popularity_counts
 from dynrec_jax.evaluate.recommender import GROUP_USERS, HistorySource, Lists, groups
 from dynrec_jax.parallel.digest import tree_digest
 from dynrec_jax.parallel.mesh import feed
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.score.parts import Parts
+from dynrec_jax.score.rerank import Rerank
 from dynrec_jax.score.several import lists_of
 from dynrec_jax.score.users import has_histories, new_histories, read_table
 from dynrec_jax.train.progress import Progress
 from dynrec_jax.workdir import Run
 
+POOL = 500  # candidates of a user from whom lists are made anew
 _NOBODY = np.zeros(0, np.int64)
 
 
@@ -43,6 +47,9 @@ class ScoreOptions:
       cache_dir: memory-mapped copies of the shards; empty for the run's own setting.
       at: when the recommendations are asked for, in seconds since 1970, of a model that looks at it; None for the time
         of the log's last event, or the file's, or of evaluation's targets.
+      diversify: λ of `rerank.diversified`, 0 to 1; 0 for none. One of the two alone.
+      calibrate: λ of `rerank.calibrated`, 0 to 1; 0 for none.
+      pool: from how many candidates of a user lists are then made, or the whole catalogue where it has fewer.
     """
 
     k: int = 100
@@ -51,6 +58,9 @@ class ScoreOptions:
     users: Path | None = None
     cache_dir: str = ""
     at: int | None = None
+    diversify: float = 0.0
+    calibrate: float = 0.0
+    pool: int = POOL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +120,7 @@ def score(
     number = run.items.number
     if options.k > number:
         raise ConfigError(f"--k={options.k}: the catalogue has {number:,} items; give {number} or less")
+    _check_rerank(options)
     runs = [run, *others]
     work = processes.agree(lambda: _asked_at(runs, options, _work(runs, options)))
     weights = [tree_digest((each.params, each.tables)) for each in runs]
@@ -132,7 +143,8 @@ def score(
         if len(missing) < len(work.parts):
             progress.say(f"{len(work.parts) - len(missing)} of {len(work.parts)} parts are there already")
         done = total - sum(len(work.parts[i][0]) for i in missing)
-        lists = lists_of(runs, options.k, options.filter_seen, processes) if missing else None
+        rerank = processes.agree(lambda: _rerank(run, options)) if missing else None
+        lists = lists_of(runs, options.k, options.filter_seen, processes, rerank) if missing else None
         # A part is written while the next is computed; one at a time, so that no more than two are held.
         writing: Future[None] | None = None
         for start in range(0, len(missing), own.parts):
@@ -238,6 +250,26 @@ def _asked_at(runs: Sequence[Run], options: ScoreOptions, work: _Work) -> _Work:
     return dataclasses.replace(work, source=_AskedAt(work.source, moment))
 
 
+def _check_rerank(options: ScoreOptions) -> None:
+    for name, weight in (("diversify", options.diversify), ("calibrate", options.calibrate)):
+        if not 0 <= weight <= 1:
+            raise ConfigError(f"--{name}={weight}: expected a number from 0 to 1")
+    if options.diversify and options.calibrate:
+        raise ConfigError(
+            "--diversify and --calibrate: lists are made anew by one of them; leave the other out"
+        )
+    if (options.diversify or options.calibrate) and options.pool < options.k:
+        raise ConfigError(f"--pool={options.pool}: lists have {options.k} items; give {options.k} or more")
+
+
+def _rerank(run: Run, options: ScoreOptions) -> Rerank | None:
+    if not options.calibrate:
+        return Rerank(options.pool, options.diversify) if options.diversify else None
+    stored = Histories(run.dataset, options.cache_dir or run.config.data.cache_dir)
+    counts = popularity_counts(stored, make_splits(stored, run.config), run.config)["popularity"]
+    return Rerank(options.pool, calibrate=options.calibrate, group_N=popularity_groups(counts))
+
+
 def _known(stored: Histories, wanted: list[str], path: Path | None) -> tuple[np.ndarray, list[str]]:
     number = {user: i for i, user in enumerate(stored.ids_of(np.arange(stored.users)))}
     unique = list(dict.fromkeys(wanted))
@@ -293,6 +325,8 @@ def _manifest(runs: Sequence[Run], options: ScoreOptions, weights: Sequence[str]
         "split": options.split,
         "users": users,
         **({} if options.at is None else {"at": options.at}),
+        **({"diversify": options.diversify, "pool": options.pool} if options.diversify else {}),
+        **({"calibrate": options.calibrate, "pool": options.pool} if options.calibrate else {}),
         **({"with": others} if others else {}),
     }
 

@@ -43,6 +43,30 @@ def define_flags() -> flags.FlagValues:
         "model.query_time [the time of the last event]",
         flag_values=values,
     )
+    flags.DEFINE_float(
+        "diversify",
+        0.0,
+        "make lists more varied: how much it counts that an item is unlike those before it, 0 to 1",
+        lower_bound=0.0,
+        upper_bound=1.0,
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "calibrate",
+        0.0,
+        "make lists as popular as the history: how much it counts that they have as much of popular, middling and rare "
+        "items, 0 to 1",
+        lower_bound=0.0,
+        upper_bound=1.0,
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "pool",
+        None,
+        "with --diversify or --calibrate: from how many candidates of a user [500, or k]",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_string("with", None, WITH, flag_values=values)
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
@@ -55,9 +79,11 @@ def run(values: flags.FlagValues) -> None:
     for name, what in (("workdir", "a run folder made by `dynrec train`"), ("out", "a folder to write")):
         if not values[name].value:
             raise ConfigError(f"--{name} is missing; expected {what}")
+    if values.pool is not None and not (values.diversify or values.calibrate):
+        raise ConfigError("--pool: is for --diversify or --calibrate; give one of them, or leave it out")
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.evaluate.evaluator import LIST_LENGTH
-    from dynrec_jax.score.job import ScoreOptions, score
+    from dynrec_jax.score.job import POOL, ScoreOptions, score
     from dynrec_jax.score.several import open_together
 
     step, others = parse_step(values.step), paths_of(values["with"].value)
@@ -74,13 +100,17 @@ def run(values: flags.FlagValues) -> None:
         values["items"].value,
         teller(processes),
     )
+    k = min(LIST_LENGTH, runs[0].items.number) if values.k is None else values.k
     options = ScoreOptions(
-        k=min(LIST_LENGTH, runs[0].items.number) if values.k is None else values.k,
+        k=k,
         filter_seen=values.filter_seen,
         split=values.split,
         users=Path(values.users) if values.users else None,
         cache_dir=values.cache_dir or "",
         at=None if values.at is None else parse_moment(values.at),
+        diversify=values.diversify,
+        calibrate=values.calibrate,
+        pool=max(POOL, k) if values.pool is None else values.pool,
     )
     done = score(runs[0], Path(values.out), options, processes, runs[1:])
     if not processes.first:

@@ -22,6 +22,8 @@ from dynrec_jax.score.lists import batches, item_numbers, open_written
 from ..commands import Made, a_shard_each, digest, dynrec, one_line, small_run
 from .test_parity import of_dataset
 
+K = 12
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
@@ -254,3 +256,52 @@ def test_what_the_lists_say_themselves_is_not_asked(flags, told, made: Made, out
 def test_what_is_of_lists_alone_is_refused_without(flag, made: Made, capsys):
     assert dynrec("evaluate", workdir=made.workdir, **{flag: "x"}) == 2
     assert f"--{flag}: is for --lists alone" in one_line(capsys)
+
+
+def test_lists_made_anew_are_of_the_first_candidates_and_more_varied_or_more_like_the_history(
+    made: Made, out: Path, tmp_path: Path, capsys
+):
+    flags = {"workdir": made.workdir, "split": "test", "k": K}
+    frames = {}
+    for name, more in {
+        "plain": {},
+        "varied": {"diversify": 0.8, "pool": 20},
+        "calibrated": {"calibrate": 0.95, "pool": 20},
+    }.items():
+        assert dynrec("score", "filter_seen", out=tmp_path / name, **flags, **more) == 0
+        frames[name] = pd.read_parquet(tmp_path / name).set_index("user_id")
+    whole = pd.read_parquet(out).set_index("user_id")
+    for name in ("varied", "calibrated"):
+        for user, row in frames[name].iterrows():
+            worth = dict(zip(whole.loc[user, "item_ids"][:20], whole.loc[user, "scores"][:20], strict=True))
+            assert len(set(row["item_ids"])) == len(row["item_ids"]) == K
+            np.testing.assert_allclose(
+                [worth[i] for i in row["item_ids"]], row["scores"], rtol=1e-5, atol=1e-6
+            )
+        both = zip(frames["plain"]["item_ids"], frames[name]["item_ids"], strict=True)
+        assert np.mean([list(one) != list(other) for one, other in both]) > 0.5
+    found = {name: measured(made, tmp_path / name) for name in frames}
+    assert found["varied"][f"diversity@{K}"] > found["plain"][f"diversity@{K}"]
+    apart = {name: each["groups"]["all"][f"miscalibration@{K}"] for name, each in found.items()}
+    assert apart["calibrated"] < apart["plain"]
+    assert found["varied"]["made_by"]["diversify"] == 0.8
+    # Another job: what is there is not gone on with.
+    capsys.readouterr()
+    assert dynrec("score", "filter_seen", out=tmp_path / "varied", **flags, diversify=0.7, pool=20) == 2
+    assert "diversify: 0.8 -> 0.7" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"diversify": 0.5, "calibrate": 0.5}, "--diversify and --calibrate"),
+        ({"diversify": 0.5, "k": 9, "pool": 8}, "--pool=8: lists have 9 items"),
+        ({"diversify": 0.0, "k": 9, "pool": 9}, "--pool: is for --diversify or --calibrate"),
+        ({"diversify": 1.5}, "--diversify=1.5"),
+        ({"calibrate": "nan"}, "--calibrate=nan"),
+    ],
+)
+def test_weights_and_pools_that_make_no_sense_are_refused(flags, told, made: Made, tmp_path: Path, capsys):
+    assert dynrec("score", workdir=made.workdir, out=tmp_path / "lists", **flags) == 2
+    assert told in one_line(capsys)
+    assert not (tmp_path / "lists").exists()

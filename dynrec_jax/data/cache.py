@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dynrec_jax.data.arrow import numbers, to_arrow
-from dynrec_jax.data.dataset import Dataset
+from dynrec_jax.data.dataset import Dataset, shard_of
 from dynrec_jax.errors import DataError, MachineError
 
 VERSION = 1  # of the layout below
@@ -285,6 +286,49 @@ class Histories:
             items = numbers(column.values)
             counts += np.bincount(items[chosen], minlength=len(counts))
         return counts
+
+    def _before(self, ends_U: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Of each shard, its users, and of their events before number `end` the user, from 0, and the item."""
+        first = 0
+        for batch in self._batches:
+            column = batch.column("items")
+            offsets = _offsets(column)
+            users = slice(first, first + batch.num_rows)
+            first += batch.num_rows
+            length = np.diff(offsets)
+            row = np.repeat(np.arange(batch.num_rows), length)
+            kept = np.arange(offsets[-1]) - offsets[:-1][row] < ends_U[users][row]
+            yield users, row[kept], numbers(column.values)[kept]
+
+    def holders(self, ends_U: np.ndarray) -> np.ndarray:
+        """int64[N + 1], users who have each item among their events before number `end`."""
+        most = self.dataset.items + 1
+        counts = np.zeros(most, np.int64)
+        for _, row, items in self._before(ends_U):
+            counts += np.bincount(np.unique(row * most + items) % most, minlength=most)
+        return counts
+
+    def means(self, values_N: np.ndarray, ends_U: np.ndarray) -> np.ndarray:
+        """float64[U], the mean of `values[item]` over each user's events before number `end`; NaN for no event."""
+        found_U = np.full(self.users, np.nan)
+        for users, row, items in self._before(ends_U):
+            count = np.bincount(row, minlength=users.stop - users.start)
+            total = np.bincount(row, values_N[items], minlength=len(count))
+            found_U[users] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        return found_U
+
+    def numbers_of(self, ids: pa.Array) -> np.ndarray:
+        """int64, numbers of users by their ids (strings); -1 for one of no shard held."""
+        shards = np.array([shard_of(user, self.dataset.shards) for user in ids.to_pylist()], np.int64)
+        found = np.full(len(ids), -1, np.int64)
+        for shard in np.unique(shards):
+            if shard in self.shards:
+                here = np.flatnonzero(shards == shard)
+                column = self._batches[self.shards.index(shard)].column("user_id")
+                places = pc.index_in(ids.take(to_arrow(here)).cast(column.type), value_set=column)
+                at = numbers(places.fill_null(-1))
+                found[here] = np.where(at < 0, -1, self.shard_first[shard] + at)
+        return found
 
 
 def from_start(seconds: np.ndarray, first_time: int) -> np.ndarray:

@@ -189,13 +189,15 @@ class Recommender:
         with jax.set_mesh(self.mesh):
             return self._rank.trace(read, table_RxD, seen_BxM)
 
-    def prepare(self, params: Any, tables: Any) -> ListMaker:
-        """A function (source, users, ends) -> Lists for these variables.
+    def prepare(
+        self, params: Any, tables: Any, vectors: tuple[jax.Array, jax.Array] | None = None
+    ) -> ListMaker:
+        """A function (source, users, ends) -> Lists for these variables; `vectors` are `self.vectors` of them.
 
         Raises:
           NonFiniteScores: an item vector is not finite; the function raises it for users' vectors and scores.
         """
-        vectors_RxD, table_RxD = self.vectors(params, tables)
+        vectors_RxD, table_RxD = self.vectors(params, tables) if vectors is None else vectors
         near, allowed_Rx1 = self.near, self._only.place(self.mesh)
         with jax.set_mesh(self.mesh):
             if not bool(self._finite(table_RxD)):

@@ -122,8 +122,17 @@ def _check(runs: Sequence[Run], options: ScoreOptions) -> None:
         raise ConfigError(
             f"--weights: has {len(options.shares)} numbers, and there are {len(runs)} runs; expected one each"
         )
+    for name, share in (("diversify", options.diversify), ("calibrate", options.calibrate)):
+        if not 0 <= share <= 1:
+            raise ConfigError(f"--{name}={share}: expected a number from 0 to 1")
     if any(not weight > 0 for weight in options.shares):
         raise ConfigError("--weights: expected numbers above 0")
+    if options.diversify and options.calibrate:
+        raise ConfigError(
+            "--diversify and --calibrate: lists are made anew by one of them; leave the other out"
+        )
+    if (options.diversify or options.calibrate) and options.pool < options.k:
+        raise ConfigError(f"--pool={options.pool}: lists have {options.k} items; give {options.k} or more")
     if options.what != LISTS:
         if len(runs) > 1:
             raise ConfigError(f"--what={options.what}: is of one run; leave the others out")
@@ -133,6 +142,8 @@ def _check(runs: Sequence[Run], options: ScoreOptions) -> None:
                 ("candidates", options.candidates),
                 ("min_score", options.min_score),
                 ("filter_seen", options.filter_seen or None),
+                ("diversify", options.diversify or None),
+                ("calibrate", options.calibrate or None),
             )
             if value is not None
         ]

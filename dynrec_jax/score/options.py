@@ -7,6 +7,8 @@ from typing import Any
 LISTS, USERS, ITEMS, BOTH, NEIGHBOURS = "lists", "users", "items", "both", "neighbours"
 WHAT = (LISTS, USERS, ITEMS, BOTH, NEIGHBOURS)
 
+POOL = 500  # candidates of a user from whom lists are made anew
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoreOptions:
@@ -30,6 +32,9 @@ class ScoreOptions:
       candidates: a file of the items that each user is offered, and no others.
       min_score: items whose score is lower are left out.
       hops: how often the mixture refines the query; None as the run was trained.
+      diversify: λ of `rerank.diversified`, 0 to 1; 0 for none. One of the two alone.
+      calibrate: λ of `rerank.calibrated`, 0 to 1; 0 for none.
+      pool: from how many candidates of a user lists are then made, or the whole catalogue where it has fewer.
       shares: of each run's scores, which are summed; empty for their mean.
     """
 
@@ -48,6 +53,9 @@ class ScoreOptions:
     candidates: Path | None = None
     min_score: float | None = None
     hops: int | None = None
+    diversify: float = 0.0
+    calibrate: float = 0.0
+    pool: int = POOL
     shares: tuple[float, ...] = ()
 
     def told(self) -> dict[str, Any]:

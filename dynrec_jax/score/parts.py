@@ -42,7 +42,7 @@ class Parts:
         self._records = _Records(out / RECORDS)
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{out}: is a file; choose another --out")
-        found = _read(out / MANIFEST)
+        found = read_manifest(out / MANIFEST)
         if found is not None:
             changed = sorted(
                 key for key in {*found, *self._manifest} if found.get(key) != self._manifest.get(key)
@@ -69,7 +69,7 @@ class Parts:
 
     def path(self, part: int) -> Path:
         """Where a part lies."""
-        return self.out / f"part-{part:05d}-of-{self._number:05d}.{self._format}"
+        return self.out / part_name(part, self._number, self._format)
 
     def done(self, rows: Sequence[int]) -> list[int]:
         """The parts that are there, by the rows that each must have: read whole, and compared with their digests."""
@@ -193,7 +193,13 @@ def _line(record: Record) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def part_name(part: int, number: int, file_format: str = "parquet") -> str:
+    """The file of a part, of so many."""
+    return f"part-{part:05d}-of-{number:05d}.{file_format}"
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """What a folder's manifest says; None where it has none. Raises ConfigError where it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

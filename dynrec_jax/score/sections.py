@@ -9,7 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from dynrec_jax.data.arrow import to_arrow
+from dynrec_jax.data.cache import Histories
+from dynrec_jax.data.pipeline import make_splits
+from dynrec_jax.evaluate.beyond import popularity_groups
 from dynrec_jax.evaluate.only import Only
+from dynrec_jax.evaluate.popular import popularity_counts
 from dynrec_jax.evaluate.recommender import Lists, NonFiniteScores, Recommender
 from dynrec_jax.parallel.mesh import own_rows, place_rows
 from dynrec_jax.parallel.processes import Processes
@@ -18,6 +22,7 @@ from dynrec_jax.parallel.table import lookup
 from dynrec_jax.parallel.topk import top_k
 from dynrec_jax.score.options import ITEMS, LISTS, NEIGHBOURS, USERS, ScoreOptions
 from dynrec_jax.score.queries import Queries
+from dynrec_jax.score.rerank import Rerank
 from dynrec_jax.score.several import lists_of
 from dynrec_jax.score.tables import of_lists, of_vectors
 from dynrec_jax.workdir import Run
@@ -52,7 +57,8 @@ def lists_section(
     items = runs[0].item_ids
 
     def prepare() -> Maker:
-        lists = lists_of(runs, options.k, options.filter_seen, processes, only, options.shares)
+        rerank = processes.agree(lambda: _rerank(runs[0], options))
+        lists = lists_of(runs, options.k, options.filter_seen, processes, only, options.shares, rerank)
 
         def make(part: int | None) -> Callable[[], pa.Table]:
             users, ends = _nobody() if part is None else queries.parts[part]
@@ -62,6 +68,14 @@ def lists_section(
         return make
 
     return Section(LISTS, "users", [len(users) for users, _ in queries.parts], prepare)
+
+
+def _rerank(run: Run, options: ScoreOptions) -> Rerank | None:
+    if not options.calibrate:
+        return Rerank(options.pool, options.diversify) if options.diversify else None
+    stored = Histories(run.dataset, options.cache_dir or run.config.data.cache_dir)
+    counts = popularity_counts(stored, make_splits(stored, run.config), run.config)["popularity"]
+    return Rerank(options.pool, calibrate=options.calibrate, group_N=popularity_groups(counts))
 
 
 def users_section(run: Run, queries: Queries, processes: Processes) -> Section:

@@ -13,6 +13,7 @@ from dynrec_jax.evaluate.joined import joined, offered
 from dynrec_jax.evaluate.only import EVERYTHING, Only
 from dynrec_jax.evaluate.recommender import ListMaker, Recommender
 from dynrec_jax.parallel.processes import ALONE, Processes
+from dynrec_jax.score.rerank import Rerank
 from dynrec_jax.workdir import Run
 
 FILTER_SEEN = "evaluation.filter_seen"
@@ -101,6 +102,7 @@ def lists_of(
     processes: Processes = ALONE,
     only: Only = EVERYTHING,
     weights: Sequence[float] = (),
+    rerank: Rerank | None = None,
 ) -> ListMaker:
     """Lists of `k` items by all of `runs` together; of one run, its own, as `Recommender.prepare` gives them.
 
@@ -111,12 +113,14 @@ def lists_of(
       processes: that make the lists together.
       only: which items may be in a list.
       weights: of each run's scores; empty for their mean.
+      rerank: how lists of `k` items are made from longer ones; how alike items are, the first run says.
 
     Raises:
       NonFiniteScores: an item vector is not finite.
     """
-    length = k if len(runs) == 1 else offered(k, runs[0].items.number)
-    makers = [
+    pool = k if rerank is None else rerank.length(k, runs[0].items.number)
+    length = pool if len(runs) == 1 else offered(pool, runs[0].items.number)
+    recommenders = [
         Recommender(
             run.model,
             run.mesh,
@@ -126,10 +130,16 @@ def lists_of(
             processes,
             run.items,
             only,
-        ).prepare(run.params, run.tables)
+        )
         for run in runs
     ]
-    return makers[0] if len(runs) == 1 else joined(makers, k, weights)
+    vectors = [each.vectors(run.params, run.tables) for each, run in zip(recommenders, runs, strict=True)]
+    makers = [
+        each.prepare(run.params, run.tables, own)
+        for each, run, own in zip(recommenders, runs, vectors, strict=True)
+    ]
+    made = makers[0] if len(runs) == 1 else joined(makers, pool, weights)
+    return made if rerank is None else rerank.of(made, runs[0].mesh, vectors[0][1], k, processes)
 
 
 def described(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dynrec_jax.errors import ConfigError, MachineError
 from dynrec_jax.parallel.processes import ALONE, Processes, join
-from dynrec_jax.verbs import drift, prequential
+from dynrec_jax.verbs import drift, lists, prequential
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.telling import teller
 
@@ -38,6 +38,26 @@ def define_flags() -> flags.FlagValues:
         lower_bound=0,
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "lists",
+        None,
+        "instead of making lists, measure those in this folder, as `score` wrote it: accuracy where they are of a "
+        "split, coverage, novelty, diversity, popularity",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "attributes",
+        None,
+        "with --lists: an item column to measure diversity by, as item.attributes takes it; several times for several "
+        "columns [those of sets, and those of item.attributes]",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "out",
+        None,
+        "with --lists: JSON file to write [lists_<split>.json in the run's evaluation folder]",
+        flag_values=values,
+    )
     flags.DEFINE_string("with", None, WITH, flag_values=values)
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
@@ -51,6 +71,12 @@ def run(values: flags.FlagValues) -> None:
         raise ConfigError("--workdir is missing; expected a run folder made by `dynrec train`")
     step, others = parse_step(values.step), paths_of(values["with"].value)
     processes = join()
+    if values.lists is not None:
+        _of_lists(values, processes)
+        return
+    for name in ("attributes", "out"):
+        if values[name].value is not None:
+            raise ConfigError(f"--{name}: is for --lists alone; leave it out")
     if values.drift or values.prequential:
         name = "drift" if values.drift else "prequential"
         if processes.count > 1:
@@ -93,6 +119,26 @@ def _walk(workdir: Path, periods: int, step: str | int, dataset: str | None, cac
     result = prequential.measure(workdir, workdirs.open(workdir, step, dataset), periods, cache_dir)
     prequential.show(result)
     print("written to " + " and ".join(map(str, prequential.write(workdir, result))))
+
+
+def _of_lists(values: flags.FlagValues, processes: Processes) -> None:
+    """The mode that measures files: shows and writes."""
+    if processes.count > 1:
+        raise ConfigError("--lists: are measured by one process, and this is one of several; start one")
+    for name in ("split", "drift", "prequential", "with", "step"):
+        if values[name].present:
+            raise ConfigError(
+                f"--{name}: the lists say which run, checkpoint and split they are of; leave it out"
+            )
+    workdir, out = Path(values.workdir), Path(values.out) if values.out else None
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise ConfigError(f"--out={out}: no file can be written there; give a file in a folder that is there")
+    result = lists.measure(
+        workdir, Path(values.lists), values.dataset, values.cache_dir, tuple(values.attributes or ())
+    )
+    lists.show(result)
+    path = out or workdir / "evaluation" / f"lists_{result['split']}.json"
+    print(f"written to {lists.write(path, result)}")
 
 
 def parse_step(text: str) -> str | int:

@@ -13,7 +13,7 @@ from absl import flags
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import join
 from dynrec_jax.score.formats import FORMATS
-from dynrec_jax.score.options import LISTS, WHAT, ScoreOptions
+from dynrec_jax.score.options import LISTS, POOL, WHAT, ScoreOptions
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.evaluate import WITH, parse_step, paths_of
 from dynrec_jax.verbs.telling import teller
@@ -85,6 +85,30 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "until", None, "read histories up to this moment, as --at says it [all of them]", flag_values=values
     )
+    flags.DEFINE_float(
+        "diversify",
+        0.0,
+        "make lists more varied: how much it counts that an item is unlike those before it, 0 to 1",
+        lower_bound=0.0,
+        upper_bound=1.0,
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "calibrate",
+        0.0,
+        "make lists as popular as the history: how much it counts that they have as much of popular, middling and rare "
+        "items, 0 to 1",
+        lower_bound=0.0,
+        upper_bound=1.0,
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "pool",
+        None,
+        "with --diversify or --calibrate: from how many candidates of a user [500, or k]",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_string("with", None, WITH, flag_values=values)
     flags.DEFINE_list(
         "weights",
@@ -103,6 +127,8 @@ def run(values: flags.FlagValues) -> None:
     for name, what in (("workdir", "a run folder made by `dynrec train`"), ("out", "a folder to write")):
         if not values[name].value:
             raise ConfigError(f"--{name} is missing; expected {what}")
+    if values.pool is not None and not (values.diversify or values.calibrate):
+        raise ConfigError("--pool: is for --diversify or --calibrate; give one of them, or leave it out")
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.score.job import score
     from dynrec_jax.score.several import open_together
@@ -148,6 +174,7 @@ def options_of(values: flags.FlagValues) -> ScoreOptions:
         return Path(text) if text else None
 
     given = {} if values.k is None else {"k": values.k}
+    pool = max(POOL, given.get("k", 0)) if values.pool is None else values.pool
     return ScoreOptions(
         **given,
         filter_seen=values.filter_seen,
@@ -164,6 +191,9 @@ def options_of(values: flags.FlagValues) -> ScoreOptions:
         candidates=path(values.candidates),
         min_score=values.min_score,
         hops=values.hops,
+        diversify=values.diversify,
+        calibrate=values.calibrate,
+        pool=pool,
         shares=shares,
     )
 

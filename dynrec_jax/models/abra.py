@@ -136,11 +136,13 @@ class Abra:
         if raised is not None:
             seen_BxC = (raised.ids[:, :, None] == seen_BxM[:, None, :]).any(axis=-1)
             ids = jnp.concatenate([ids, jnp.where(seen_BxC, PAD, raised.ids)], axis=1)
-            scores = jnp.concatenate([scores, self._own(q_BxD, table_RxD, raised.ids) + raised.by], axis=1)
+            scores = jnp.concatenate(
+                [scores, self.scores_of(q_BxD, table_RxD, raised.ids) + raised.by], axis=1
+            )
         return _merged(ids, scores, k)
 
-    def _own(self, q_BxD: Array, table_RxD: Array, ids_BxC: Array) -> Array:
-        """Scores `[B, C]` of some items of each query, which is ready."""
+    def scores_of(self, q_BxD: Array, table_RxD: Array, ids_BxC: Array) -> Array:
+        """Scores `[B, C]` of some items of each query, which is ready, as the table is."""
         v_BxCxD = lookup(table_RxD, ids_BxC)
         each_BxIxD = q_BxD.reshape(len(q_BxD), -1, table_RxD.shape[-1])
         return jnp.einsum("bid,bcd->bic", each_BxIxD, v_BxCxD).max(axis=1) * self.scale

@@ -5,7 +5,7 @@ history, later ones moving up, and the model is asked again; beside it as many e
 of `DRAWS` draws (deletion, as DeYoung et al. 2020 call it comprehensiveness).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,19 +29,20 @@ class Faithfulness(NamedTuple):
       random: what random events cost, by measure: "logit", the item's score; "log-probability", that under the softmax
         of all items' scores, which does not change where all scores rise by the same.
       named: what those cost that a method names, by method and measure.
-      ratio: `named` to `random`, each the mean over users.
+      ratio: `named` to `random`, each the mean over users; None where random events cost so little that their interval
+        holds 0, as in long histories, and a ratio to it says nothing.
     """
 
     users: int
     random: dict[str, Interval]
     named: dict[str, dict[str, Interval]]
-    ratio: dict[str, dict[str, Interval]]
+    ratio: dict[str, dict[str, Interval | None]]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
 
-        def plain(parts: dict[str, Interval]) -> dict[str, Any]:
-            return {name: part.as_dict() for name, part in parts.items()}
+        def plain(parts: Mapping[str, Interval | None]) -> dict[str, Any]:
+            return {name: part and part.as_dict() for name, part in parts.items()}
 
         return {
             "users": self.users,
@@ -123,11 +124,14 @@ def _summary(lost_Ux2xC: np.ndarray, names: Sequence[str]) -> Faithfulness:
     def by_measure(mean_2: np.ndarray, drawn_Rx2: np.ndarray) -> dict[str, Interval]:
         return {name: interval(mean_2[i], drawn_Rx2[:, i]) for i, name in enumerate(MEASURES)}
 
-    random_2, random_Rx2 = mean_2xC[:, 0], drawn_Rx2xC[:, :, 0]
-    columns = {name: (mean_2xC[:, i], drawn_Rx2xC[:, :, i]) for i, name in enumerate(names, 1)}
-    return Faithfulness(
-        users,
-        by_measure(random_2, random_Rx2),
-        {name: by_measure(*column) for name, column in columns.items()},
-        {name: by_measure(mean / random_2, drawn / random_Rx2) for name, (mean, drawn) in columns.items()},
-    )
+    columns = [by_measure(mean_2xC[:, i], drawn_Rx2xC[:, :, i]) for i in range(len(names) + 1)]
+    chance, losses = columns[0], dict(zip(names, columns[1:], strict=True))
+    ratio_2xC, ratio_Rx2xC = mean_2xC / mean_2xC[:, :1], drawn_Rx2xC / drawn_Rx2xC[:, :, :1]
+    ratios: dict[str, dict[str, Interval | None]] = {
+        name: {
+            measure: value if chance[measure].low > 0 else None
+            for measure, value in by_measure(ratio_2xC[:, i], ratio_Rx2xC[:, :, i]).items()
+        }
+        for i, name in enumerate(names, 1)
+    }
+    return Faithfulness(users, chance, losses, ratios)

@@ -95,21 +95,20 @@ def table_of_faithfulness(found: Faithfulness, events: int) -> Table:
     """A row a method: what leaving out the events that it names costs, and how many times what random ones do."""
     table = Table(
         title=f"{found.users:,} users, best recommendation: the score falls when {events} events had not been",
-        caption="mean [middle 95 % of means with other users]",
+        caption="mean [middle 95 % of means with other users]; -: random events may cost nothing",
     )
     table.add_column("events left out")
     for measure in MEASURES:
         table.add_column(measure, justify="right")
         table.add_column("times random", justify="right")
-    table.add_row("random", *(cell for m in MEASURES for cell in (f"{found.random[m].mean:.3f}", "1")))
+    chance = [found.random[measure] for measure in MEASURES]
+    table.add_row("random", *(w for c in chance for w in (f"{c.mean:.3f} [{c.low:.3f}, {c.high:.3f}]", "1")))
     for name, losses in found.named.items():
         cells = []
         for measure in MEASURES:
-            ratio = found.ratio[name][measure]
-            cells += [
-                f"{losses[measure].mean:.3f}",
-                f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
-            ]
+            loss, ratio = losses[measure], found.ratio[name][measure]
+            times = "-" if ratio is None else f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+            cells += [f"{loss.mean:.3f} [{loss.low:.3f}, {loss.high:.3f}]", times]
         table.add_row(name, *cells)
     return table
 

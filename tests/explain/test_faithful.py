@@ -80,6 +80,17 @@ def test_what_is_named_loses_what_it_says_and_random_events_their_mean(monkeypat
     assert found.as_dict()["methods"]["deletion"]["loss"]["logit"]["mean"] == pytest.approx(np.mean(named))
 
 
+def test_a_ratio_to_nothing_is_none():
+    lost = np.zeros((40, 2, 2))
+    lost[:, :, 1] = 1.0
+    lost[:, 0, 0] = np.resize([-1.0, 1.0], 40)
+    lost[:, 1, 0] = 0.5
+    found = faithful._summary(lost, ["deletion"])
+    assert found.ratio["deletion"]["logit"] is None
+    assert found.ratio["deletion"]["log-probability"] == (2.0, 2.0, 2.0)
+    assert found.as_dict()["methods"]["deletion"]["ratio"]["logit"] is None
+
+
 def test_without_leaves_out_events_that_are_read():
     kept = without(past(3, 99), READ, np.array([[0, 7], [3, 4]]))
     assert kept.shape == (2, 12)

@@ -19,11 +19,16 @@ ITEMS, LENGTH, ITEM = 20, 8, 11
 WEIGHT = 0.7
 VARIANTS: dict[str, dict[str, Any]] = {
     "prenorm": {"model__neighbours": WEIGHT, "model__positions": "relative"},
-    "seed": {"model__block": "seed", "model__hops": 1, "model__normalise": True},
+    "seed": {
+        "model__block": "seed", "model__hops": 1, "model__normalise": True,
+        "model__time": ("bias", "rotary"), "model__query_time": True,
+    },
     "hstu": {"model__block": "hstu", "model__interests": 3, "model__layers": 2},
     "gru": {"model__block": "gru", "model__events": True, "model__neighbours": WEIGHT},
-    "mean": {"model__block": "mean", "model__time": ("bias", "rotary"), "model__query_time": True},
-}
+    "mean": {"model__block": "mean"},
+}  # fmt: skip
+# The gradient jumps at ReLU's kinks, and where another interest wins: the integral converges as 1 / places there.
+KINKS = {"seed": 2e-3, "hstu": 4e-3}
 FIRST_EVENTS = Past(  # more than the model reads
     np.array([3, 7, 7, 1, 15, 4, 2, 19, 8, 5], np.int32),
     np.array([0, 60, 90, 4000, 4100, 90_000, 90_060, 400_000, 400_001, 500_000], np.int32),
@@ -35,6 +40,7 @@ FIRST_EVENTS = Past(  # more than the model reads
 class Asked(NamedTuple):
     """A served model, and the score of `ITEM` after some events of `FIRST_EVENTS`, by another route."""
 
+    name: str
     served: Served
     near: Near
     score: Any
@@ -60,7 +66,8 @@ def ask(name: str) -> Asked:
     rows = tables["item_id"].shape[0]
     near = Near(*(x[:rows] for x in near))
     items = SimpleNamespace(number=ITEMS, near=lambda mesh: near)
-    mesh = tiny.mesh(2, 1, 1)
+    devices = 2 if name == "prenorm" else 1
+    mesh = tiny.mesh(devices, 1, 1)
     run: Any = SimpleNamespace(model=model, params=params, tables=tables, mesh=mesh, items=items)
     table = tables["item_id"]
 
@@ -88,10 +95,12 @@ def ask(name: str) -> Asked:
             item = FIRST_EVENTS.items[place]
             count += LESS**back * float(near.weights[item][near.ids[item] == ITEM].sum())
         with jax.set_mesh(mesh):
-            own = float(np.asarray(logits(jax.tree.map(lambda x: np.repeat(x, 2, axis=0), history)))[0, ITEM])
+            own = float(
+                np.asarray(logits(jax.tree.map(lambda x: np.repeat(x, devices, axis=0), history)))[0, ITEM]
+            )
         return own + model.abra.neighbours * float(np.log1p(count / FEW))
 
-    return Asked(Served(run), near, score)
+    return Asked(name, Served(run), near, score)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -114,12 +123,15 @@ def test_deletion_is_what_the_score_loses_and_older_events_move_up(asked: Asked)
 
 
 def test_gradients_add_up_to_the_score(asked: Asked):
-    found = parted(asked.served, past(8), ITEM, "gradients", 32)
+    found = parted(asked.served, past(8), ITEM, "gradients", 256)
     assert len(found.share_N) == 8
-    assert np.abs(found.share_N).max() > 0.01
-    assert found.baseline + found.share_N.sum() == pytest.approx(asked.score(range(2, 10)), abs=2e-3)
+    assert np.abs(found.share_N).max() > 5e-3
+    assert found.baseline + found.share_N.sum() == pytest.approx(
+        asked.score(range(2, 10)), abs=KINKS.get(asked.name, 2e-4)
+    )
 
 
+@pytest.mark.parametrize("asked", ["gru"], indirect=True)
 def test_of_a_history_too_long_gradients_part_what_the_model_reads(asked: Asked):
     long = parted(asked.served, FIRST_EVENTS, ITEM, "gradients", 4)
     np.testing.assert_array_equal(long.share_N, parted(asked.served, past(8), ITEM, "gradients", 4).share_N)
@@ -140,6 +152,7 @@ def test_exact_is_the_mean_gain_over_all_orders(asked: Asked):
     assert found.share_N.sum() + found.baseline == pytest.approx(scores[frozenset(range(6, 10))], abs=1e-5)
 
 
+@pytest.mark.parametrize("asked", ["prenorm", "seed", "hstu"], indirect=True)
 def test_an_item_stands_where_all_scores_say(asked: Asked):
     kept = without(past(9), LENGTH, np.array([[0, 3, 7], [1, 2, 4]]))
     at = asked.served.standing(past(9), kept, ITEM, np.array([], np.int32))

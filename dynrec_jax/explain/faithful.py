@@ -126,12 +126,16 @@ def _summary(lost_Ux2xC: np.ndarray, names: Sequence[str]) -> Faithfulness:
 
     columns = [by_measure(mean_2xC[:, i], drawn_Rx2xC[:, :, i]) for i in range(len(names) + 1)]
     chance, losses = columns[0], dict(zip(names, columns[1:], strict=True))
-    ratio_2xC, ratio_Rx2xC = mean_2xC / mean_2xC[:, :1], drawn_Rx2xC / drawn_Rx2xC[:, :, :1]
-    ratios: dict[str, dict[str, Interval | None]] = {
-        name: {
-            measure: value if chance[measure].low > 0 else None
-            for measure, value in by_measure(ratio_2xC[:, i], ratio_Rx2xC[:, :, i]).items()
-        }
-        for i, name in enumerate(names, 1)
+
+    def ratio(measure: int, column: int) -> Interval | None:
+        if chance[MEASURES[measure]].low <= 0:
+            return None
+        drawn_RxC = drawn_Rx2xC[:, measure]
+        return interval(
+            mean_2xC[measure, column] / mean_2xC[measure, 0], drawn_RxC[:, column] / drawn_RxC[:, 0]
+        )
+
+    ratios = {
+        name: {measure: ratio(m, i) for m, measure in enumerate(MEASURES)} for i, name in enumerate(names, 1)
     }
     return Faithfulness(users, chance, losses, ratios)

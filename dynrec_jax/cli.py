@@ -26,13 +26,19 @@ VERBS = {
     "compare": "several runs and all baselines in one table, with intervals",
     "report": "one page about a run: metrics, curves, drift, users' interests",
     "score": "recommendations for users, as Parquet",
+    "explain": "why an item is recommended to a user: the share of each past event",
     "compile": "will it fit, and how fast: for TPUs or GPUs that need not be there",
 }
-HEAVY = ("train", "sweep", "evaluate", "compare", "report", "score")  # verbs that compute with XLA
-ALONE = ("prepare", "sweep", "compile", "compare", "report")  # verbs of one process
+# Verbs that compute with XLA.
+HEAVY = ("train", "sweep", "evaluate", "compare", "report", "score", "explain")
+ALONE = ("prepare", "sweep", "compile", "compare", "report", "explain")  # verbs of one process
 # Flags that may name what lies in an object store: it is copied to this machine's cache and read there.
 FILES = ("users", "items", "allow", "deny", "candidates")
-FETCHED = {"score": ("workdir", "with", "dataset", *FILES), "compare": ("workdirs", "dataset")}
+FETCHED = {
+    "score": ("workdir", "with", "dataset", *FILES),
+    "compare": ("workdirs", "dataset"),
+    "explain": ("workdir", "dataset"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

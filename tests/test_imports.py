@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"evaluate"},
     {"train"},
     {"workdir"},
-    {"score", "report", "compile", "sweep"},
+    {"score", "report", "compile", "sweep", "explain"},
     {"verbs"},
     {"cli"},
     {"__main__"},

@@ -149,7 +149,9 @@ class Abra:
             if allowed_Rx1 is not None:
                 out_BxC |= lookup(allowed_Rx1.astype(jnp.int32), raised.ids)[..., 0] == 0
             ids = jnp.concatenate([ids, jnp.where(out_BxC, PAD, raised.ids)], axis=1)
-            scores = jnp.concatenate([scores, self._own(q_BxD, table_RxD, raised.ids) + raised.by], axis=1)
+            scores = jnp.concatenate(
+                [scores, self.scores_of(q_BxD, table_RxD, raised.ids) + raised.by], axis=1
+            )
         return _merged(ids, scores, k)
 
     def among(
@@ -165,7 +167,7 @@ class Abra:
         width = -(-max(ids_BxC.shape[1], k) // AMONG) * AMONG
         ids_BxC = jnp.pad(ids_BxC, ((0, 0), (0, width - ids_BxC.shape[1])))
         parts_PxBxA = ids_BxC.reshape(len(ids_BxC), -1, AMONG).swapaxes(0, 1)
-        own_PxBxA = jax.lax.map(lambda part_BxA: self._own(q_BxD, table_RxD, part_BxA), parts_PxBxA)
+        own_PxBxA = jax.lax.map(lambda part_BxA: self.scores_of(q_BxD, table_RxD, part_BxA), parts_PxBxA)
         scores_BxC = own_PxBxA.swapaxes(0, 1).reshape(ids_BxC.shape)
         if raised is not None:
             place_BxC, there_BxC, order_BxR = _found(ids_BxC, raised.ids)
@@ -175,8 +177,8 @@ class Abra:
         ids_BxC = jnp.where(out_BxC, PAD, ids_BxC)
         return _merged(ids_BxC, scores_BxC, k)
 
-    def _own(self, q_BxD: Array, table_RxD: Array, ids_BxC: Array) -> Array:
-        """Scores `[B, C]` of some items of each query, which is ready."""
+    def scores_of(self, q_BxD: Array, table_RxD: Array, ids_BxC: Array) -> Array:
+        """Scores `[B, C]` of some items of each query, which is ready, as the table is."""
         v_BxCxD = lookup(table_RxD, ids_BxC)
         each_BxIxD = q_BxD.reshape(len(q_BxD), -1, table_RxD.shape[-1])
         return jnp.einsum("bid,bcd->bic", each_BxIxD, v_BxCxD).max(axis=1) * self.scale

@@ -114,6 +114,27 @@ def raised(near: Near, last_BxT: Array, weight: float) -> Raised:
     return Raised(jnp.where(there_BxC, ids_BxC, PAD), weight * jnp.log1p(total_BxC / FEW))
 
 
+def raised_by_each(near: Near, last_BxT: Array, ids_B: Array, weight: float) -> Array:
+    """What each of some users' last items adds to the score of one item, float32[B, T]; they sum to what `raised` says.
+
+    The logarithm of what the counts add up to is parted as the counts are: the path integral of its gradient, from no
+    counts to all of them, has this closed form (Aumann & Shapley 1974).
+
+    Args:
+      near: of all items.
+      last_BxT: as `last_items` gives them.
+      ids_B: int32, the item of each user.
+      weight: of the counts beside the model's scores.
+    """
+    ids_BxTxM, weight_BxTxM = (lookup(x, last_BxT) for x in (near.ids, near.weights))
+    fading_T = LESS ** jnp.arange(last_BxT.shape[1], dtype=jnp.float32)
+    named = (ids_BxTxM == ids_B[:, None, None]) & (ids_B != PAD)[:, None, None] & (last_BxT != PAD)[..., None]
+    count_BxT = jnp.where(named, weight_BxTxM, 0.0).sum(axis=-1) * fading_T[None, :]
+    total_Bx1 = count_BxT.sum(axis=1, keepdims=True)
+    part_BxT = count_BxT / jnp.where(total_Bx1 > 0, total_Bx1, 1.0)
+    return weight * jnp.log1p(total_Bx1 / FEW) * part_BxT
+
+
 def shrunk(vectors_RxD: Array, near: Near, events: float) -> Array:
     """Item vectors, each drawn to the mean of its neighbours' by how few events it had, `[R, D]`.
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from dynrec_jax.batch import History
 from dynrec_jax.data.cache import Histories
+from dynrec_jax.data.titles import titles
 from dynrec_jax.errors import DataError
 from dynrec_jax.evaluate.recommender import Recommender
 from dynrec_jax.report.attention import attention_over, planted_interests, topics_of
@@ -34,7 +35,7 @@ def stories(
         if column:
             raise
         topics = None
-    titles = titles_of(run)
+    named = titles_of(run)
     ends = histories.lengths[chosen]
     k = min(NEXT, run.items.number)
     recommender = Recommender(
@@ -43,22 +44,16 @@ def stories(
     lists = recommender.prepare(run.params, run.tables)(histories, chosen, ends)
     ids = histories.ids_of(chosen)
     return [
-        _story(run, histories, int(user), name, topics, titles, [titles[i - 1] for i in best if i])
+        _story(run, histories, int(user), name, topics, named, [named[i - 1] for i in best if i])
         for user, name, best in zip(chosen, ids, lists.ids.tolist(), strict=True)
     ]
 
 
 def titles_of(run: Run) -> list[str]:
     """What an item is called: its title or name, or its id where it has none."""
-    table = run.dataset.items_table()
     ids = run.dataset.item_ids().to_pylist()
-    kinds = run.dataset.item_column_kinds
-    texts = [name for name, kind in kinds.items() if kind == "text"]
-    named = [name for word in ("title", "name") for name in texts if word in name.lower()]
-    if not named:
-        return [str(item) for item in ids]
-    values = table.column(named[0]).to_pylist()
-    return [str(value or item) for value, item in zip(values, ids, strict=True)]
+    found = titles(run.dataset, range(1, run.dataset.items + 1))
+    return [str(title or item) for title, item in zip(found, ids, strict=True)]
 
 
 def _chosen(run: Run, histories: Histories, wanted: Sequence[str] | None, count: int) -> np.ndarray:

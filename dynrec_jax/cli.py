@@ -26,10 +26,11 @@ VERBS = {
     "compare": "several runs and all baselines in one table, with intervals",
     "report": "one page about a run: metrics, curves, drift, users' interests",
     "score": "recommendations for users, as Parquet",
+    "export": "a run as a folder that recommends with jax alone, and its items as an index",
     "compile": "will it fit, and how fast: for TPUs or GPUs that need not be there",
 }
-HEAVY = ("train", "sweep", "evaluate", "compare", "report", "score")  # verbs that compute with XLA
-ALONE = ("prepare", "sweep", "compile", "compare", "report")  # verbs of one process
+HEAVY = ("train", "sweep", "evaluate", "compare", "report", "score", "export")  # verbs that compute with XLA
+ALONE = ("prepare", "sweep", "compile", "compare", "report", "export")  # verbs of one process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

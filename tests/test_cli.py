@@ -14,7 +14,7 @@ from dynrec_jax.verbs.experiment import read_config
 
 from .commands import digest, experiment, one_line
 
-VERBS = ["prepare", "train", "sweep", "evaluate", "compare", "report", "score", "compile"]
+VERBS = ["prepare", "train", "sweep", "evaluate", "compare", "report", "score", "export", "compile"]
 HEAD = "from dynrec_jax.config import default_config\ndef get_config():\n    c = default_config()\n"
 
 
@@ -61,6 +61,7 @@ def test_help_names_every_verb(capsys):
         ("train", "config workdir"),
         ("evaluate", "workdir split step"),
         ("score", "workdir out k users filter_seen split step"),
+        ("export", "workdir out k filter_seen formats platforms faiss step dataset"),
         ("compile", "config topology slices out"),
     ],
 )  # fmt: skip
@@ -102,6 +103,8 @@ def test_a_positional_argument_is_refused(verb, here, capsys):
         ("evaluate", "--workdir"),
         ("score --out=out", "--workdir"),
         ("score --workdir=run", "--out"),
+        ("export --out=out", "--workdir"),
+        ("export --workdir=run", "--out"),
         ("compile --config=settings/experiment.py", "--topology"),
         ("compile --topology=h100:8", "--config"),
     ],

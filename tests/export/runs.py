@@ -39,6 +39,7 @@ def untrained(dataset: Dataset, **changes: Any) -> Run:
     Nothing is compiled for it. An item's row in the table is the same numbers wherever that row lies.
     """
     config = tiny.config(**changes)
+    config.data.cache_dir = str(dataset.path.parent / "cache")
     types = tuple(dataset.event_types)
     items = Items(dataset.items, event_types=types, neighbours=neighbours(dataset.items))
     if config.item.fusion != "id":

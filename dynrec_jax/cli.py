@@ -27,17 +27,19 @@ VERBS = {
     "report": "one page about a run: metrics, curves, drift, users' interests",
     "score": "recommendations for users, as Parquet",
     "explain": "why an item is recommended to a user: the share of each past event",
+    "export": "a run as a folder that recommends with jax alone, and its items as an index",
     "compile": "will it fit, and how fast: for TPUs or GPUs that need not be there",
 }
 # Verbs that compute with XLA.
-HEAVY = ("train", "sweep", "evaluate", "compare", "report", "score", "explain")
-ALONE = ("prepare", "sweep", "compile", "compare", "report", "explain")  # verbs of one process
+HEAVY = ("train", "sweep", "evaluate", "compare", "report", "score", "explain", "export")
+ALONE = ("prepare", "sweep", "compile", "compare", "report", "explain", "export")  # verbs of one process
 # Flags that may name what lies in an object store: it is copied to this machine's cache and read there.
 FILES = ("users", "items", "allow", "deny", "candidates")
 FETCHED = {
     "score": ("workdir", "with", "dataset", *FILES),
     "compare": ("workdirs", "dataset"),
     "explain": ("workdir", "dataset"),
+    "export": ("workdir", "dataset"),
 }
 
 

@@ -14,7 +14,18 @@ from dynrec_jax.verbs.experiment import read_config
 
 from .commands import digest, experiment, one_line
 
-VERBS = ["prepare", "train", "sweep", "evaluate", "compare", "report", "score", "explain", "compile"]
+VERBS = [
+    "prepare",
+    "train",
+    "sweep",
+    "evaluate",
+    "compare",
+    "report",
+    "score",
+    "explain",
+    "export",
+    "compile",
+]
 HEAD = "from dynrec_jax.config import default_config\ndef get_config():\n    c = default_config()\n"
 
 
@@ -62,6 +73,7 @@ def test_help_names_every_verb(capsys):
         ("evaluate", "workdir split step"),
         ("score", "workdir out k users filter_seen split step"),
         ("explain", "workdir user item out picture split method steps step dataset check top"),
+        ("export", "workdir out k filter_seen formats platforms faiss step dataset"),
         ("compile", "config topology slices out"),
     ],
 )  # fmt: skip
@@ -105,6 +117,8 @@ def test_a_positional_argument_is_refused(verb, here, capsys):
         ("score --workdir=run", "--out"),
         ("explain --user=1", "--workdir"),
         ("explain --workdir=run", "--user"),
+        ("export --out=out", "--workdir"),
+        ("export --workdir=run", "--out"),
         ("compile --config=settings/experiment.py", "--topology"),
         ("compile --topology=h100:8", "--config"),
     ],

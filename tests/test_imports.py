@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"evaluate"},
     {"train"},
     {"workdir"},
-    {"score", "report", "compile", "sweep", "explain"},
+    {"score", "report", "explain", "export", "compile", "sweep"},
     {"verbs"},
     {"cli"},
     {"__main__"},

@@ -110,7 +110,7 @@ class Abra:
         q_BxD = self.query(u_BxD, table_RxD)
         ids_BxK, scores_BxK = self.best(q_BxD, table_RxD, seen_BxM, k)
         mixed_PxD = mixture(q_BxD.reshape(-1, table_RxD.shape[-1]), table_RxD, self.blocks)
-        mixed_BxD = mixed_PxD.reshape(len(q_BxD), -1, mixed_PxD.shape[-1]).mean(axis=1)
+        mixed_BxD = mixed_PxD.reshape(q_BxD.shape[0], -1, mixed_PxD.shape[-1]).mean(axis=1)
         return Recommendation(ids_BxK, scores_BxK, mixed_BxD)
 
     def best(
@@ -143,7 +143,7 @@ class Abra:
         )
         if interests == 1 and raised is None:
             return ids, scores
-        ids, scores = ids.reshape(len(q_BxD), -1), scores.reshape(len(q_BxD), -1)
+        ids, scores = ids.reshape(q_BxD.shape[0], -1), scores.reshape(q_BxD.shape[0], -1)
         if raised is not None:
             out_BxC = (raised.ids[:, :, None] == seen_BxM[:, None, :]).any(axis=-1)
             if allowed_Rx1 is not None:
@@ -180,7 +180,7 @@ class Abra:
     def scores_of(self, q_BxD: Array, table_RxD: Array, ids_BxC: Array) -> Array:
         """Scores `[B, C]` of some items of each query, which is ready, as the table is."""
         v_BxCxD = lookup(table_RxD, ids_BxC)
-        each_BxIxD = q_BxD.reshape(len(q_BxD), -1, table_RxD.shape[-1])
+        each_BxIxD = q_BxD.reshape(q_BxD.shape[0], -1, table_RxD.shape[-1])
         return jnp.einsum("bid,bcd->bic", each_BxIxD, v_BxCxD).max(axis=1) * self.scale
 
     def apart(self, u: Array) -> Array:

@@ -103,7 +103,7 @@ def raised(near: Near, last_BxT: Array, weight: float) -> Raised:
       last_BxT: as `last_items` gives them.
       weight: of the counts beside the model's scores.
     """
-    ids_BxC = lookup(near.ids, last_BxT).reshape(len(last_BxT), -1)
+    ids_BxC = lookup(near.ids, last_BxT).reshape(last_BxT.shape[0], -1)
     fading_T = LESS ** jnp.arange(last_BxT.shape[1], dtype=jnp.float32)
     weight_BxTxM = lookup(near.weights, last_BxT) * fading_T[None, :, None]
     weight_BxC = jnp.where(last_BxT[..., None] != PAD, weight_BxTxM, 0.0).reshape(ids_BxC.shape)

@@ -35,8 +35,9 @@ WIDTH_MULTIPLE = 8
 # 100, to compile one more 0.3 s.
 FEWEST_SEEN, SEEN_FACTOR = 16, 4
 
-# (what the encoder reads, items to leave out [B, M]) -> ids, scores, and whether all are numbers
-Batch = Callable[[History, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+Made = tuple[jax.Array, jax.Array, jax.Array]  # ids, scores, and whether all are numbers
+# (what the encoder reads, items to leave out [B, M]) -> what is made, or what makes it when it is read
+Batch = Callable[[History, jax.Array], Made | Callable[[], Made]]
 
 
 class HistorySource(Protocol):
@@ -268,9 +269,9 @@ def _batches(ends_U: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield order[start : start + size]
 
 
-def _read(place_B: np.ndarray, made: tuple[jax.Array, jax.Array, jax.Array], lists: Lists) -> None:
+def _read(place_B: np.ndarray, made: Made | Callable[[], Made], lists: Lists) -> None:
     """Waits for a batch and puts its lists where they belong."""
-    ids, scores, finite = made
+    ids, scores, finite = made() if callable(made) else made
     if not bool(finite):
         raise NonFiniteScores("scores are not finite")
     lists.ids[place_B] = own_rows(ids)[: len(place_B)]

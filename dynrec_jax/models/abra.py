@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dynrec_jax.batch import PAD
 from dynrec_jax.models.neighbours import Raised
 from dynrec_jax.parallel.blocks import Blocks
+from dynrec_jax.parallel.compressed import Compressed, Table
 from dynrec_jax.parallel.mixture import mixture
 from dynrec_jax.parallel.table import lookup
 from dynrec_jax.parallel.topk import top_k
@@ -85,7 +86,7 @@ class Abra:
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
 
     def query(
-        self, u_PxD: Array, table_RxD: Array, count: Array | None = None, blocks: Blocks | None = None
+        self, u_PxD: Array, table_RxD: Table, count: Array | None = None, blocks: Blocks | None = None
     ) -> Array:
         """The query that is scored, after `hops` refinements; `table` as `unit` gives it.
 
@@ -112,7 +113,7 @@ class Abra:
         return Recommendation(ids_BxK, scores_BxK, mixed_BxD)
 
     def best(
-        self, q_BxD: Array, table_RxD: Array, seen_BxM: Array, k: int, raised: Raised | None = None
+        self, q_BxD: Array, table_RxD: Table, seen_BxM: Array, k: int, raised: Raised | None = None
     ) -> tuple[Array, Array]:
         """ids and scores of `recommend`, without the mixture, for queries and a table that are ready.
 
@@ -134,16 +135,38 @@ class Abra:
             return ids, scores
         ids, scores = ids.reshape(len(q_BxD), -1), scores.reshape(len(q_BxD), -1)
         if raised is not None:
-            seen_BxC = (raised.ids[:, :, None] == seen_BxM[:, None, :]).any(axis=-1)
-            ids = jnp.concatenate([ids, jnp.where(seen_BxC, PAD, raised.ids)], axis=1)
+            assert not isinstance(table_RxD, Compressed), "what is raised is scored by exact vectors"
+            ids = jnp.concatenate([ids, _unseen(raised.ids, seen_BxM)], axis=1)
             scores = jnp.concatenate([scores, self._own(q_BxD, table_RxD, raised.ids) + raised.by], axis=1)
         return _merged(ids, scores, k)
 
     def _own(self, q_BxD: Array, table_RxD: Array, ids_BxC: Array) -> Array:
         """Scores `[B, C]` of some items of each query, which is ready."""
-        v_BxCxD = lookup(table_RxD, ids_BxC)
-        each_BxIxD = q_BxD.reshape(len(q_BxD), -1, table_RxD.shape[-1])
+        return self._of(q_BxD, lookup(table_RxD, ids_BxC))
+
+    def _of(self, q_BxD: Array, v_BxCxD: Array) -> Array:
+        """Scores `[B, C]` of some items of each query by their vectors."""
+        each_BxIxD = q_BxD.reshape(len(q_BxD), -1, v_BxCxD.shape[-1])
         return jnp.einsum("bid,bcd->bic", each_BxIxD, v_BxCxD).max(axis=1) * self.scale
+
+    def candidates(
+        self, q_BxD: Array, table_RxD: Compressed, seen_BxM: Array, number: int, raised: Raised | None = None
+    ) -> Raised:
+        """Items that may be the best ones of some queries, `[B, C]`, and by how much each is raised; for `reranked`.
+
+        They are the best `number` by a compressed table, and behind them all that is raised, where anything is: an
+        item may come twice, and the second time counts.
+        """
+        ids, _ = self.best(q_BxD, table_RxD, seen_BxM, number)
+        by = jnp.zeros(ids.shape)
+        if raised is not None:
+            ids = jnp.concatenate([ids, _unseen(raised.ids, seen_BxM)], axis=1)
+            by = jnp.concatenate([by, raised.by], axis=1)
+        return Raised(ids, by)
+
+    def reranked(self, q_BxD: Array, found: Raised, v_BxCxD: Array, k: int) -> tuple[Array, Array]:
+        """ids and scores of the best k of `candidates`, by their exact vectors as `unit` gives them."""
+        return _merged(found.ids, self._of(q_BxD, v_BxCxD) + found.by, k)
 
     def apart(self, u: Array) -> Array:
         """A user's interests, `[..., k, D]`, from vectors `[..., k · D]`."""
@@ -165,6 +188,11 @@ class Abra:
         """All scores of some queries that are ready, `[P, R]`: for a few users and a catalogue that is small."""
         each_PxIxD = q_PxD.reshape(len(q_PxD), -1, table_RxD.shape[-1])
         return jnp.einsum("pid,rd->pir", each_PxIxD, table_RxD).max(axis=1) * self.scale
+
+
+def _unseen(ids_BxC: Array, seen_BxM: Array) -> Array:
+    """Items of each query, those that are to be left out as `PAD`."""
+    return jnp.where((ids_BxC[:, :, None] == seen_BxM[:, None, :]).any(axis=-1), PAD, ids_BxC)
 
 
 def _merged(ids_BxK: Array, scores_BxK: Array, k: int) -> tuple[Array, Array]:

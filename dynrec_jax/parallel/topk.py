@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dynrec_jax.parallel.blocks import SLICE_AXES, Devices, in_loop, on_devices
+from dynrec_jax.parallel.blocks import SLICE_AXES, Devices, in_turn, on_devices
+from dynrec_jax.parallel.compressed import Table
 from dynrec_jax.parallel.rules import ITEM_AXES, ROWS
 from dynrec_jax.parallel.table import STRIPED_FROM, STRIPS, ids_of, rows_of
 
@@ -24,13 +25,13 @@ QUERIES, LISTS = PartitionSpec(SLICE_AXES), PartitionSpec((*SLICE_AXES, *ITEM_AX
 
 
 def top_k(
-    u_BxD: Array, table_RxD: Array, seen_BxM: Array, *, k: int, items: int, scale: float, rows: int
+    u_BxD: Array, table_RxD: Table, seen_BxM: Array, *, k: int, items: int, scale: float, rows: int
 ) -> tuple[Array, Array]:
     """The k best items by `scale · u·v_i`, without those of `seen`.
 
     Args:
       u_BxD: query vectors.
-      table_RxD: the catalogue, rows over the devices of a slice.
+      table_RxD: the catalogue, rows over the devices of a slice; compressed or not.
       seen_BxM: int32 item indices to leave out; 0 names none.
       k: length of the list, at most `items`.
       items: N.
@@ -67,19 +68,19 @@ class _Order(NamedTuple):
     """A device's rows in the order of their items.
 
     Attributes:
-      rows: (first place, number of places) -> [C, D], the rows of the places that follow each other.
+      rows: (first place, number of places) -> a table of C rows, the rows of the places that follow each other.
       ids: places -> the items there.
       places: items -> where they are; where no place is, if they are of another device.
       by_row: whether all devices together have the items in the order of their rows.
     """
 
-    rows: Callable[[Array, int], Array]
+    rows: Callable[[Array, int], Table]
     ids: Callable[[Array], Array]
     places: Callable[[Array], Array]
     by_row: bool
 
 
-def _order(table_RxD: Array, devices: Devices) -> _Order:
+def _order(table_RxD: Table, devices: Devices) -> _Order:
     """How a device finds its items in their order.
 
     In a striped table a device of n, where n is a power of two, has the items `low + n·place`; of any other n the
@@ -89,7 +90,9 @@ def _order(table_RxD: Array, devices: Devices) -> _Order:
     total, first = held * count, devices.place(ITEM_AXES) * held
     if total < STRIPED_FROM:
         return _Order(
-            lambda start, size: jax.lax.dynamic_slice_in_dim(table_RxD, start, size),
+            lambda start, size: jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), table_RxD
+            ),
             lambda places: first + places,
             # Negative places would count from the end.
             lambda ids: jnp.where(ids >= first, ids - first, held),
@@ -117,15 +120,16 @@ def _order(table_RxD: Array, devices: Devices) -> _Order:
         def item(places: Array) -> Array:
             return sorted_R[places]
 
-    def rows(start: Array, size: int) -> Array:
+    def rows(start: Array, size: int) -> Table:
         row_C = rows_of(item(start + jnp.arange(size)), total) - first
-        return table_RxD.at[row_C].get(mode="promise_in_bounds")
+        found: Table = jax.tree.map(lambda x: x.at[row_C].get(mode="promise_in_bounds"), table_RxD)
+        return found
 
     return _Order(rows, item, places, False)
 
 
 def _lists(
-    settings: _Settings, devices: Devices, u_BxD: Array, table_RxD: Array, seen_BxM: Array
+    settings: _Settings, devices: Devices, u_BxD: Array, table_RxD: Table, seen_BxM: Array
 ) -> tuple[Array, Array]:
     """A device's share of its slice's lists."""
     order = _order(table_RxD, devices)
@@ -160,8 +164,10 @@ def _local(
         # The last block starts early enough to be full, so that the table is never copied; what it shares with the
         # block before is left out here.
         start = jnp.minimum(index * size, held - size)
-        v_CxD = in_loop(order.rows(start, size), index, u_BxD.dtype)
+        v_CxD, scale_C = in_turn(order.rows(start, size), index, u_BxD.dtype)
         s_BxC = jnp.einsum("bd,cd->bc", u_BxD, v_CxD, preferred_element_type=jnp.float32) * settings.scale
+        if scale_C is not None:
+            s_BxC = s_BxC * scale_C[None, :]
         place_C = start + jnp.arange(size)
         id_C = order.ids(place_C)
         real_C = (id_C >= 1) & (id_C <= settings.items) & (place_C >= index * size)

@@ -17,6 +17,7 @@ from dynrec_jax.data.content import TableHash
 from dynrec_jax.data.examples import NONE
 from dynrec_jax.data.pipeline import make_splits
 from dynrec_jax.errors import ConfigError, DataError
+from dynrec_jax.evaluate.compressed import Compression
 from dynrec_jax.evaluate.evaluator import asked
 from dynrec_jax.evaluate.recommender import GROUP_USERS, HistorySource, Lists, groups
 from dynrec_jax.parallel.digest import tree_digest
@@ -43,6 +44,8 @@ class ScoreOptions:
       cache_dir: memory-mapped copies of the shards; empty for the run's own setting.
       at: when the recommendations are asked for, in seconds since 1970, of a model that looks at it; None for the time
         of the log's last event, or the file's, or of evaluation's targets.
+      compression: how the runs are compressed; None for the runs as they are. Where their tables are compressed, those
+        of the runs are deleted.
     """
 
     k: int = 100
@@ -51,6 +54,7 @@ class ScoreOptions:
     users: Path | None = None
     cache_dir: str = ""
     at: int | None = None
+    compression: Compression | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +136,10 @@ def score(
         if len(missing) < len(work.parts):
             progress.say(f"{len(work.parts) - len(missing)} of {len(work.parts)} parts are there already")
         done = total - sum(len(work.parts[i][0]) for i in missing)
-        lists = lists_of(runs, options.k, options.filter_seen, processes) if missing else None
+        lists = None
+        if missing:
+            settings = options.k, options.filter_seen, processes, options.compression, options.cache_dir
+            lists = lists_of(runs, *settings)
         # A part is written while the next is computed; one at a time, so that no more than two are held.
         writing: Future[None] | None = None
         for start in range(0, len(missing), own.parts):
@@ -294,6 +301,7 @@ def _manifest(runs: Sequence[Run], options: ScoreOptions, weights: Sequence[str]
         "users": users,
         **({} if options.at is None else {"at": options.at}),
         **({"with": others} if others else {}),
+        **({} if options.compression is None else {"compressed": dataclasses.asdict(options.compression)}),
     }
 
 

@@ -8,7 +8,9 @@ import ml_collections
 
 from dynrec_jax import workdir as workdirs
 from dynrec_jax.config import flat
+from dynrec_jax.data.cache import default_cache_dir
 from dynrec_jax.errors import ConfigError
+from dynrec_jax.evaluate.compressed import CompressedRecommender, Compression
 from dynrec_jax.evaluate.joined import joined, offered
 from dynrec_jax.evaluate.recommender import ListMaker, Recommender
 from dynrec_jax.parallel.processes import ALONE, Processes
@@ -93,25 +95,42 @@ def open_together(
     return runs + [workdirs.open(path, step, place, processes, items, say) for path in others]
 
 
-def lists_of(runs: Sequence[Run], k: int, filter_seen: bool, processes: Processes = ALONE) -> ListMaker:
+def lists_of(
+    runs: Sequence[Run],
+    k: int,
+    filter_seen: bool,
+    processes: Processes = ALONE,
+    compression: Compression | None = None,
+    cache_dir: str = "",
+) -> ListMaker:
     """Lists of `k` items by all of `runs` together; of one run, its own, as `Recommender.prepare` gives them.
+
+    Args:
+      runs: of one dataset.
+      k: length of the lists.
+      filter_seen: whether items of the history are left out.
+      processes: that make them together.
+      compression: of all the runs. Where their tables are compressed, the runs' own are given up: they are deleted.
+      cache_dir: for exact vectors on the disk, where tables are compressed; empty for the runs' own setting.
 
     Raises:
       NonFiniteScores: item vectors of one are not finite.
+      ConfigError: there are several processes, and the table is compressed.
     """
     length = k if len(runs) == 1 else offered(k, runs[0].items.number)
-    makers = [
-        Recommender(
-            run.model,
-            run.mesh,
-            runs[0].config.evaluation.batch_size,
-            length,
-            filter_seen,
-            processes,
-            run.items,
-        ).prepare(run.params, run.tables)
-        for run in runs
-    ]
+    makers = []
+    for run in runs:
+        size = runs[0].config.evaluation.batch_size
+        settings = run.model, run.mesh, size, length, filter_seen, processes, run.items
+        if compression is None:
+            makers.append(Recommender(*settings).prepare(run.params, run.tables))
+            continue
+        folder = Path(cache_dir or run.config.data.cache_dir or default_cache_dir())
+        recommender = CompressedRecommender(*settings, compression=compression, folder=folder)
+        makers.append(recommender.prepare(run.params, run.tables))
+        if compression.table != "float32":
+            for table in run.tables.values():
+                table.delete()
     return makers[0] if len(runs) == 1 else joined(makers, k)
 
 

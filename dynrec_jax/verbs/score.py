@@ -10,6 +10,7 @@ from absl import flags
 
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import join
+from dynrec_jax.verbs import compressed
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.evaluate import WITH, parse_step, paths_of
 from dynrec_jax.verbs.telling import teller
@@ -44,6 +45,7 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_string("with", None, WITH, flag_values=values)
+    compressed.define(values)
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
     flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
@@ -61,6 +63,7 @@ def run(values: flags.FlagValues) -> None:
     from dynrec_jax.score.several import open_together
 
     step, others = parse_step(values.step), paths_of(values["with"].value)
+    compression = compressed.parse(values)
     processes = join()
     processes.start_jax()
     keep_programs(
@@ -81,6 +84,7 @@ def run(values: flags.FlagValues) -> None:
         users=Path(values.users) if values.users else None,
         cache_dir=values.cache_dir or "",
         at=None if values.at is None else parse_moment(values.at),
+        compression=compression,
     )
     done = score(runs[0], Path(values.out), options, processes, runs[1:])
     if not processes.first:

@@ -142,11 +142,8 @@ class Abra:
 
     def _own(self, q_BxD: Array, table_RxD: Array, ids_BxC: Array) -> Array:
         """Scores `[B, C]` of some items of each query, which is ready."""
-        return self._of(q_BxD, lookup(table_RxD, ids_BxC))
-
-    def _of(self, q_BxD: Array, v_BxCxD: Array) -> Array:
-        """Scores `[B, C]` of some items of each query by their vectors."""
-        each_BxIxD = q_BxD.reshape(len(q_BxD), -1, v_BxCxD.shape[-1])
+        v_BxCxD = lookup(table_RxD, ids_BxC)
+        each_BxIxD = q_BxD.reshape(len(q_BxD), -1, table_RxD.shape[-1])
         return jnp.einsum("bid,bcd->bic", each_BxIxD, v_BxCxD).max(axis=1) * self.scale
 
     def candidates(
@@ -166,7 +163,11 @@ class Abra:
 
     def reranked(self, q_BxD: Array, found: Raised, v_BxCxD: Array, k: int) -> tuple[Array, Array]:
         """ids and scores of the best k of `candidates`, by their exact vectors as `unit` gives them."""
-        return _merged(found.ids, self._of(q_BxD, v_BxCxD) + found.by, k)
+        each_BxIxD = q_BxD.reshape(len(q_BxD), -1, v_BxCxD.shape[-1])
+        # Added up item by item: a product of matrices may add up the last few rows in another order, and equal vectors
+        # would differ in their last bit.
+        s_BxIxC = jnp.sum(each_BxIxD[:, :, None] * v_BxCxD[:, None], axis=-1)
+        return _merged(found.ids, s_BxIxC.max(axis=1) * self.scale + found.by, k)
 
     def apart(self, u: Array) -> Array:
         """A user's interests, `[..., k, D]`, from vectors `[..., k · D]`."""

@@ -130,9 +130,12 @@ def in_loop(x: Array, index: Array, dtype: Any) -> Array:
 
 def in_turn(rows: Table, index: Array, dtype: Any) -> tuple[Array, Array | None]:
     """Rows of a table in `dtype`, `[C, D]`, made at this turn of a loop, and what multiplies each of them, if any."""
-    if isinstance(rows, Compressed):
+    if not isinstance(rows, Compressed):
+        return in_loop(rows, index, dtype), None
+    if rows.scales is not None:
         return in_loop(rows.values, index, dtype), rows.scales
-    return in_loop(rows, index, dtype), None
+    bits_CxD = in_loop(rows.values, index, rows.values.dtype)
+    return jax.lax.bitcast_convert_type(bits_CxD, jnp.bfloat16).astype(dtype), None
 
 
 class Tiles(NamedTuple):

@@ -20,7 +20,8 @@ class Compressed(NamedTuple):
     """A compressed table; it lies over devices as the table did.
 
     Attributes:
-      values: int8[R, D] or bfloat16[R, D].
+      values: int8[R, D], or the bits of bfloat16, uint16[R, D]: of an array of bfloat16 XLA on CPU would make float32,
+        whole, before it cuts a block out of it.
       scales: float32[R], what multiplies each row; None of bfloat16.
     """
 
@@ -44,7 +45,7 @@ Table = Array | Compressed  # what can be ranked
 def compressed(table_RxD: Array, kind: str) -> Compressed:
     """A table in fewer bits: "bfloat16" or "int8"."""
     if kind == "bfloat16":
-        return Compressed(table_RxD.astype(jnp.bfloat16))
+        return Compressed(jax.lax.bitcast_convert_type(table_RxD.astype(jnp.bfloat16), jnp.uint16))
     if kind != "int8":
         raise ValueError(f"{kind!r} compresses no table; expected one of {', '.join(KINDS[1:])}")
     return Compressed(*rounded(table_RxD, (1,)))

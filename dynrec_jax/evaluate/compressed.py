@@ -64,6 +64,14 @@ class Compression:
         return "_".join(f"{key}_{value}" for key, value in own.items() if value != plain[key])
 
 
+def check_processes(compression: Compression, processes: Processes) -> None:
+    """Raises ConfigError where several processes would rank a compressed table: each has but a part of the rows."""
+    if processes.count > 1 and compression.table != "float32":
+        raise ConfigError(
+            f"--table={compression.table}: is ranked by one process, and this is one of several; start one"
+        )
+
+
 def candidates(k: int, items: int) -> int:
     """How many items a compressed table offers for a list of `k`."""
     return min(max(OFFERED * k, k + FEWEST_MORE), items)
@@ -92,10 +100,7 @@ class CompressedRecommender(Recommender):
           ConfigError: there are several processes, and the table is compressed.
         """
         super().__init__(model, mesh, batch_size, k, filter_seen, processes, items)
-        if processes.count > 1 and compression.table != "float32":
-            raise ConfigError(
-                f"--table={compression.table}: is ranked by one process, and this is one of several; start one"
-            )
+        check_processes(compression, processes)
         self.compression = compression
         self._folder = folder
         self._offered = candidates(k, model.abra.items) if offered is None else offered

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from dynrec_jax.parallel.processes import Processes
+
 if TYPE_CHECKING:
     from dynrec_jax.evaluate.compressed import Compression
 
@@ -27,9 +29,14 @@ def define(values: flags.FlagValues) -> None:
     )
 
 
-def parse(values: flags.FlagValues) -> "Compression | None":
-    """What the flags say; None where nothing is compressed. ConfigError as `Compression`."""
-    from dynrec_jax.evaluate.compressed import Compression
+def parse(values: flags.FlagValues, processes: Processes) -> "Compression | None":
+    """What the flags say; None where nothing is compressed.
+
+    Raises:
+      ConfigError: a share that there is not, or a compressed table that several processes would rank.
+    """
+    from dynrec_jax.evaluate.compressed import Compression, check_processes
 
     compression = Compression(values.table, values.encoder, values.prune)
+    check_processes(compression, processes)
     return compression if compression.any else None

@@ -55,8 +55,8 @@ def run(values: flags.FlagValues) -> None:
     if not values.workdir:
         raise ConfigError("--workdir is missing; expected a run folder made by `dynrec train`")
     step, others = parse_step(values.step), paths_of(values["with"].value)
-    compression = compressed.parse(values)
     processes = join()
+    compression = compressed.parse(values, processes)
     if values.drift or values.prequential:
         name = "drift" if values.drift else "prequential"
         if processes.count > 1:

@@ -63,8 +63,8 @@ def run(values: flags.FlagValues) -> None:
     from dynrec_jax.score.several import open_together
 
     step, others = parse_step(values.step), paths_of(values["with"].value)
-    compression = compressed.parse(values)
     processes = join()
+    compression = compressed.parse(values, processes)
     processes.start_jax()
     keep_programs(
         processes.agree(lambda: workdirs.open_config(Path(values.workdir))), values.cache_dir, processes

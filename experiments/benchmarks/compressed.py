@@ -299,7 +299,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result["settings"] = measured(subject, settings, arguments.rounds, arguments.users, Path(folder))
         show(result["settings"])
-        result["candidates"] = by_candidates(subject, arguments.users, Path(folder))
+        result["candidates"] = by_candidates(subject, min(arguments.users, 256), Path(folder))
         show(result["candidates"])
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from flax import linen as nn
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.neighbours import Neighbours
 from dynrec_jax.errors import ConfigError
-from dynrec_jax.evaluate.compressed import CompressedRecommender, Compression, candidates
+from dynrec_jax.evaluate.compressed import CompressedRecommender, Compression, candidates, check_processes
 from dynrec_jax.evaluate.exact import ExactRows
 from dynrec_jax.evaluate.recommender import Lists, NonFiniteScores, Recommender
 from dynrec_jax.models.features import Items
@@ -233,10 +233,11 @@ def test_a_compression_that_there_is_not_is_refused(values: dict[str, Any], told
         Compression(**values)
 
 
-def test_several_processes_are_refused(tmp_path: Path):
-    items, model, _ = made({})
+def test_several_processes_rank_no_compressed_table():
     several = Processes(0, 2)
-    with pytest.raises(ConfigError, match="--table=int8: is ranked by one process"):
-        CompressedRecommender(
-            model, tiny.mesh(1, 1, 1), 4, K, True, several, items, compression=INT8, folder=tmp_path
-        )
+    with pytest.raises(
+        ConfigError, match="--table=int8: is ranked by one process, and this is one of several"
+    ):
+        check_processes(INT8, several)
+    check_processes(INT8, Processes())
+    check_processes(Compression(encoder="int8", prune=0.5), several)

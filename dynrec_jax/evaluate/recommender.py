@@ -36,9 +36,10 @@ WIDTH_MULTIPLE = 8
 # 100, to compile one more 0.3 s.
 FEWEST_SEEN, SEEN_FACTOR = 16, 4
 
+Made = tuple[jax.Array, jax.Array, jax.Array]  # ids, scores, and whether all are numbers
 # (what the encoder reads, items to leave out [B, M], and where lists are among some items alone, these [B, C])
-# -> ids, scores, and whether all are numbers
-Batch = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+# -> what is made, or what makes it when it is read
+Batch = Callable[..., Made | Callable[[], Made]]
 
 
 class HistorySource(Protocol):
@@ -246,7 +247,8 @@ class Recommender:
             np.zeros((len(users_U), self.k), np.int32),
             np.full((len(users_U), self.k), -np.inf, np.float32),
         )
-        for place_B, (ids, scores, finite) in self._made(batch, source, users_U, ends_U):
+        for place_B, made in self._made(batch, source, users_U, ends_U):
+            ids, scores, finite = made() if callable(made) else made
             if not bool(finite):
                 raise NonFiniteScores("scores are not finite")
             lists.ids[place_B] = own_rows(ids)[: len(place_B)]

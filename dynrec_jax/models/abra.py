@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dynrec_jax.batch import PAD
 from dynrec_jax.models.neighbours import Raised
 from dynrec_jax.parallel.blocks import Blocks
+from dynrec_jax.parallel.compressed import Compressed, Table
 from dynrec_jax.parallel.mixture import mixture
 from dynrec_jax.parallel.table import lookup
 from dynrec_jax.parallel.topk import top_k
@@ -87,7 +88,7 @@ class Abra:
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
 
     def query(
-        self, u_PxD: Array, table_RxD: Array, count: Array | None = None, blocks: Blocks | None = None
+        self, u_PxD: Array, table_RxD: Table, count: Array | None = None, blocks: Blocks | None = None
     ) -> Array:
         """The query that is scored, after `hops` refinements; `table` as `unit` gives it.
 
@@ -116,7 +117,7 @@ class Abra:
     def best(
         self,
         q_BxD: Array,
-        table_RxD: Array,
+        table_RxD: Table,
         seen_BxM: Array,
         k: int,
         raised: Raised | None = None,
@@ -145,10 +146,8 @@ class Abra:
             return ids, scores
         ids, scores = ids.reshape(q_BxD.shape[0], -1), scores.reshape(q_BxD.shape[0], -1)
         if raised is not None:
-            out_BxC = (raised.ids[:, :, None] == seen_BxM[:, None, :]).any(axis=-1)
-            if allowed_Rx1 is not None:
-                out_BxC |= lookup(allowed_Rx1.astype(jnp.int32), raised.ids)[..., 0] == 0
-            ids = jnp.concatenate([ids, jnp.where(out_BxC, PAD, raised.ids)], axis=1)
+            assert not isinstance(table_RxD, Compressed), "what is raised is scored by exact vectors"
+            ids = jnp.concatenate([ids, _left(raised.ids, seen_BxM, allowed_Rx1)], axis=1)
             scores = jnp.concatenate(
                 [scores, self.scores_of(q_BxD, table_RxD, raised.ids) + raised.by], axis=1
             )
@@ -183,6 +182,35 @@ class Abra:
         each_BxIxD = q_BxD.reshape(q_BxD.shape[0], -1, table_RxD.shape[-1])
         return jnp.einsum("bid,bcd->bic", each_BxIxD, v_BxCxD).max(axis=1) * self.scale
 
+    def candidates(
+        self,
+        q_BxD: Array,
+        table_RxD: Compressed,
+        seen_BxM: Array,
+        number: int,
+        raised: Raised | None = None,
+        allowed_Rx1: Array | None = None,
+    ) -> Raised:
+        """Items that may be the best ones of some queries, `[B, C]`, and by how much each is raised; for `reranked`.
+
+        They are the best `number` by a compressed table, and behind them all that is raised, where anything is: an
+        item may come twice, and the second time counts.
+        """
+        ids, _ = self.best(q_BxD, table_RxD, seen_BxM, number, allowed_Rx1=allowed_Rx1)
+        by = jnp.zeros(ids.shape)
+        if raised is not None:
+            ids = jnp.concatenate([ids, _left(raised.ids, seen_BxM, allowed_Rx1)], axis=1)
+            by = jnp.concatenate([by, raised.by], axis=1)
+        return Raised(ids, by)
+
+    def reranked(self, q_BxD: Array, found: Raised, v_BxCxD: Array, k: int) -> tuple[Array, Array]:
+        """ids and scores of the best k of `candidates`, by their exact vectors as `unit` gives them."""
+        each_BxIxD = q_BxD.reshape(len(q_BxD), -1, v_BxCxD.shape[-1])
+        # Added up item by item: a product of matrices may add up the last few rows in another order, and equal vectors
+        # would differ in their last bit.
+        s_BxIxC = jnp.sum(each_BxIxD[:, :, None] * v_BxCxD[:, None], axis=-1)
+        return _merged(found.ids, s_BxIxC.max(axis=1) * self.scale + found.by, k)
+
     def apart(self, u: Array) -> Array:
         """A user's interests, `[..., k, D]`, from vectors `[..., k · D]`."""
         return u.reshape(*u.shape[:-1], -1, self.dim)
@@ -212,6 +240,14 @@ def _found(ids_BxC: Array, set_BxM: Array) -> tuple[Array, Array, Array]:
     place_BxC = jax.vmap(jnp.searchsorted)(sorted_BxM, ids_BxC)
     place_BxC = jnp.minimum(place_BxC, set_BxM.shape[1] - 1)
     return place_BxC, jnp.take_along_axis(sorted_BxM, place_BxC, axis=1) == ids_BxC, order_BxM
+
+
+def _left(ids_BxC: Array, seen_BxM: Array, allowed_Rx1: Array | None) -> Array:
+    """Items of each query, those that are to be left out as `PAD`."""
+    out_BxC = (ids_BxC[:, :, None] == seen_BxM[:, None, :]).any(axis=-1)
+    if allowed_Rx1 is not None:
+        out_BxC |= lookup(allowed_Rx1.astype(jnp.int32), ids_BxC)[..., 0] == 0
+    return jnp.where(out_BxC, PAD, ids_BxC)
 
 
 def _merged(ids_BxK: Array, scores_BxK: Array, k: int) -> tuple[Array, Array]:

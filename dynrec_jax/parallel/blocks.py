@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dynrec_jax.parallel.compressed import Compressed, Table
 from dynrec_jax.parallel.rules import BATCH_AXES, ITEM_AXES, several_devices
 from dynrec_jax.parallel.table import STRIPED_FROM, ids_of
 
@@ -127,13 +128,23 @@ def in_loop(x: Array, index: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(bits ^ (index >> 31).astype(bits.dtype), x.dtype).astype(dtype)
 
 
+def in_turn(rows: Table, index: Array, dtype: Any) -> tuple[Array, Array | None]:
+    """Rows of a table in `dtype`, `[C, D]`, made at this turn of a loop, and what multiplies each of them, if any."""
+    if not isinstance(rows, Compressed):
+        return in_loop(rows, index, dtype), None
+    if rows.scales is not None:
+        return in_loop(rows.values, index, dtype), rows.scales
+    bits_CxD = in_loop(rows.values, index, rows.values.dtype)
+    return jax.lax.bitcast_convert_type(bits_CxD, jnp.bfloat16).astype(dtype), None
+
+
 class Tiles(NamedTuple):
     """How a device's rows are cut into blocks of C rows, without a copy of the table.
 
     The last block starts early enough to be full; rows that it shares with the one before count once, there.
 
     Attributes:
-      table_RxD: the rows.
+      table_RxD: the rows; compressed ones are turned back block by block.
       first: int32 scalar, number of the first row in the whole table.
       total: rows of the whole table.
       number: how many blocks.
@@ -141,7 +152,7 @@ class Tiles(NamedTuple):
       dtype: of a block.
     """
 
-    table_RxD: Array
+    table_RxD: Table
     first: Array
     total: int
     number: int
@@ -154,8 +165,10 @@ class Tiles(NamedTuple):
 
     def block(self, index: Array) -> Array:
         """The rows of a block, [C, D]."""
-        v_CxD = jax.lax.dynamic_slice_in_dim(self.table_RxD, self.start(index), self.size)
-        return in_loop(v_CxD, index, self.dtype)
+        start = self.start(index)
+        rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, self.size), self.table_RxD)
+        v_CxD, scale_C = in_turn(rows, index, self.dtype)
+        return v_CxD if scale_C is None else v_CxD * scale_C[:, None].astype(self.dtype)
 
     def add(self, sum_RxD: Array, index: Array, part_CxD: Array) -> Array:
         """Adds a block's part to a sum in the table's layout."""
@@ -163,7 +176,7 @@ class Tiles(NamedTuple):
         return jax.lax.dynamic_update_slice_in_dim(sum_RxD, old_CxD + part_CxD, self.start(index), 0)
 
 
-def tiles(table_RxD: Array, blocks: Blocks, devices: Devices) -> Tiles:
+def tiles(table_RxD: Table, blocks: Blocks, devices: Devices) -> Tiles:
     """Cuts a device's rows."""
     held = rows = table_RxD.shape[0]
     if not devices.several and held < STRIPED_FROM:  # rows behind the last item cost nothing on one device

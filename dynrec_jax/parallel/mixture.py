@@ -20,14 +20,15 @@ from dynrec_jax.parallel.blocks import (
     split_positions,
     tiles,
 )
+from dynrec_jax.parallel.compressed import Table
 from dynrec_jax.parallel.mesh import row_pieces
 from dynrec_jax.parallel.rules import BATCH, ROWS
 
 Array = jax.Array
 
 
-def mixture(u_PxD: Array, table_RxD: Array, blocks: Blocks, count: Array | None = None) -> Array:
-    """`r_p = Σ_i softmax_i(scale · u_p·v_i) v_i`, `[P, D]`; differentiable in both arrays.
+def mixture(u_PxD: Array, table_RxD: Table, blocks: Blocks, count: Array | None = None) -> Array:
+    """`r_p = Σ_i softmax_i(scale · u_p·v_i) v_i`, `[P, D]`; differentiable in both arrays, if the table is one.
 
     Args:
       u_PxD: position vectors, over the devices as the rows of a batch are.
@@ -47,11 +48,11 @@ def mixture(u_PxD: Array, table_RxD: Array, blocks: Blocks, count: Array | None 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _mixture(u: Array, count: Array, table: Array, blocks: Blocks) -> Array:
+def _mixture(u: Array, count: Array, table: Table, blocks: Blocks) -> Array:
     return _forward(u, count, table, blocks)[0]
 
 
-def _forward(u: Array, count: Array, table: Array, blocks: Blocks) -> tuple[Array, Any]:
+def _forward(u: Array, count: Array, table: Table, blocks: Blocks) -> tuple[Array, Any]:
     r_PxD, z_P = on_devices(
         functools.partial(_mix, blocks),
         (BATCH, BATCH, ROWS),
@@ -61,7 +62,7 @@ def _forward(u: Array, count: Array, table: Array, blocks: Blocks) -> tuple[Arra
     return r_PxD, (u, count, table, z_P, r_PxD)
 
 
-def _mix(blocks: Blocks, devices: Devices, u: Array, count: Array, table: Array) -> tuple[Array, Array]:
+def _mix(blocks: Blocks, devices: Devices, u: Array, count: Array, table: Table) -> tuple[Array, Array]:
     """The mixtures [P, D] and the normalisers [P]."""
     cut = tiles(table, blocks, devices)
     each = devices.each(blocks, u.shape[0])

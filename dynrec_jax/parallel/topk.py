@@ -8,13 +8,14 @@ not. Queries lie over the slices, each of which has the whole catalogue.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dynrec_jax.parallel.blocks import SLICE_AXES, Devices, in_loop, on_devices
+from dynrec_jax.parallel.blocks import SLICE_AXES, Devices, in_turn, on_devices
+from dynrec_jax.parallel.compressed import Table
 from dynrec_jax.parallel.rules import ITEM_AXES, ROWS
 from dynrec_jax.parallel.table import STRIPED_FROM, STRIPS, ids_of, rows_of
 
@@ -25,7 +26,7 @@ QUERIES, LISTS = PartitionSpec(SLICE_AXES), PartitionSpec((*SLICE_AXES, *ITEM_AX
 
 def top_k(
     u_BxD: Array,
-    table_RxD: Array,
+    table_RxD: Table,
     seen_BxM: Array,
     *,
     k: int,
@@ -38,7 +39,7 @@ def top_k(
 
     Args:
       u_BxD: query vectors.
-      table_RxD: the catalogue, rows over the devices of a slice.
+      table_RxD: the catalogue, rows over the devices of a slice; compressed or not.
       seen_BxM: int32 item indices to leave out; 0 names none.
       k: length of the list, at most `items`.
       items: N.
@@ -77,13 +78,13 @@ class _Order(NamedTuple):
     """A device's rows in the order of their items.
 
     Attributes:
-      rows: (table, first place, number of places) -> [C, …], the rows of the places that follow each other.
+      rows: (table, first place, number of places) -> a table of C rows, those of the places that follow each other.
       ids: places -> the items there.
       places: items -> where they are; where no place is, if they are of another device.
       by_row: whether all devices together have the items in the order of their rows.
     """
 
-    rows: Callable[[Array, Array, int], Array]
+    rows: Callable[[Any, Array, int], Any]
     ids: Callable[[Array], Array]
     places: Callable[[Array], Array]
     by_row: bool
@@ -99,7 +100,9 @@ def _order(held: int, devices: Devices) -> _Order:
     total, first = held * count, devices.place(ITEM_AXES) * held
     if total < STRIPED_FROM:
         return _Order(
-            jax.lax.dynamic_slice_in_dim,
+            lambda table, start, size: jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), table
+            ),
             lambda places: first + places,
             # Negative places would count from the end.
             lambda ids: jnp.where(ids >= first, ids - first, held),
@@ -127,15 +130,15 @@ def _order(held: int, devices: Devices) -> _Order:
         def item(places: Array) -> Array:
             return sorted_R[places]
 
-    def rows(table: Array, start: Array, size: int) -> Array:
+    def rows(table: Any, start: Array, size: int) -> Any:
         row_C = rows_of(item(start + jnp.arange(size)), total) - first
-        return table.at[row_C].get(mode="promise_in_bounds")
+        return jax.tree.map(lambda x: x.at[row_C].get(mode="promise_in_bounds"), table)
 
     return _Order(rows, item, places, False)
 
 
 def _lists(
-    settings: _Settings, devices: Devices, u_BxD: Array, table_RxD: Array, seen_BxM: Array, *only: Array
+    settings: _Settings, devices: Devices, u_BxD: Array, table_RxD: Table, seen_BxM: Array, *only: Array
 ) -> tuple[Array, Array]:
     """A device's share of its slice's lists; `only` may be its rows of `allowed`."""
     order = _order(table_RxD.shape[0], devices)
@@ -158,7 +161,7 @@ def _lists(
 
 
 def _local(
-    settings: _Settings, u_BxD: Array, table_RxD: Array, seen_BxM: Array, order: _Order, *only: Array
+    settings: _Settings, u_BxD: Array, table_RxD: Table, seen_BxM: Array, order: _Order, *only: Array
 ) -> tuple[Array, Array]:
     """Places and scores of the k best of a device's rows; `seen` are places. A score of -inf names no item."""
     batch, k, held = u_BxD.shape[0], settings.k, table_RxD.shape[0]
@@ -170,8 +173,10 @@ def _local(
         # The last block starts early enough to be full, so that the table is never copied; what it shares with the
         # block before is left out here.
         start = jnp.minimum(index * size, held - size)
-        v_CxD = in_loop(order.rows(table_RxD, start, size), index, u_BxD.dtype)
+        v_CxD, scale_C = in_turn(order.rows(table_RxD, start, size), index, u_BxD.dtype)
         s_BxC = jnp.einsum("bd,cd->bc", u_BxD, v_CxD, preferred_element_type=jnp.float32) * settings.scale
+        if scale_C is not None:
+            s_BxC = s_BxC * scale_C[None, :]
         place_C = start + jnp.arange(size)
         id_C = order.ids(place_C)
         real_C = (id_C >= 1) & (id_C <= settings.items) & (place_C >= index * size)

@@ -133,6 +133,10 @@ def _check(runs: Sequence[Run], options: ScoreOptions) -> None:
         )
     if (options.diversify or options.calibrate) and options.pool < options.k:
         raise ConfigError(f"--pool={options.pool}: lists have {options.k} items; give {options.k} or more")
+    if options.compression is not None and options.compression.table != "float32":
+        for name in ("candidates", "diversify", "calibrate"):
+            if getattr(options, name):
+                raise ConfigError(f"--{name}: goes without --table, for it needs the whole table")
     if options.what != LISTS:
         if len(runs) > 1:
             raise ConfigError(f"--what={options.what}: is of one run; leave the others out")
@@ -144,6 +148,7 @@ def _check(runs: Sequence[Run], options: ScoreOptions) -> None:
                 ("filter_seen", options.filter_seen or None),
                 ("diversify", options.diversify or None),
                 ("calibrate", options.calibrate or None),
+                ("table, --encoder or --prune", options.compression),
             )
             if value is not None
         ]

@@ -2,7 +2,10 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynrec_jax.evaluate.compressed import Compression
 
 LISTS, USERS, ITEMS, BOTH, NEIGHBOURS = "lists", "users", "items", "both", "neighbours"
 WHAT = (LISTS, USERS, ITEMS, BOTH, NEIGHBOURS)
@@ -35,6 +38,8 @@ class ScoreOptions:
       diversify: λ of `rerank.diversified`, 0 to 1; 0 for none. One of the two alone.
       calibrate: λ of `rerank.calibrated`, 0 to 1; 0 for none.
       pool: from how many candidates of a user lists are then made, or the whole catalogue where it has fewer.
+      compression: how the runs are compressed; None for the runs as they are. Where their tables are compressed, those
+        of the runs are deleted.
       shares: of each run's scores, which are summed; empty for their mean.
     """
 
@@ -56,15 +61,20 @@ class ScoreOptions:
     diversify: float = 0.0
     calibrate: float = 0.0
     pool: int = POOL
+    compression: "Compression | None" = None
     shares: tuple[float, ...] = ()
 
     def told(self) -> dict[str, Any]:
         """What of it is unlike the default and changes what is written, for the manifest; files are not told here."""
-        files = ("users", "allow", "deny", "candidates")
-        plain = ("k", "filter_seen", "split")
+        always, elsewhere = (
+            ("k", "filter_seen", "split"),
+            ("users", "allow", "deny", "candidates", "cache_dir"),
+        )
         found = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in plain or (value != field.default and field.name not in (*files, "cache_dir")):
+            if field.name in always or (value != field.default and field.name not in elsewhere):
                 found[field.name] = list(value) if isinstance(value, tuple) else value
+        if self.compression is not None:
+            found["compressed"] = dataclasses.asdict(found.pop("compression"))
         return found

@@ -58,7 +58,17 @@ def lists_section(
 
     def prepare() -> Maker:
         rerank = processes.agree(lambda: _rerank(runs[0], options))
-        lists = lists_of(runs, options.k, options.filter_seen, processes, only, options.shares, rerank)
+        lists = lists_of(
+            runs,
+            options.k,
+            options.filter_seen,
+            processes,
+            only,
+            options.shares,
+            rerank,
+            options.compression,
+            options.cache_dir,
+        )
 
         def make(part: int | None) -> Callable[[], pa.Table]:
             users, ends = _nobody() if part is None else queries.parts[part]

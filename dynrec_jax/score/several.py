@@ -8,7 +8,9 @@ import ml_collections
 
 from dynrec_jax import workdir as workdirs
 from dynrec_jax.config import flat
+from dynrec_jax.data.cache import default_cache_dir
 from dynrec_jax.errors import ConfigError
+from dynrec_jax.evaluate.compressed import CompressedRecommender, Compression
 from dynrec_jax.evaluate.joined import joined, offered
 from dynrec_jax.evaluate.only import EVERYTHING, Only
 from dynrec_jax.evaluate.recommender import ListMaker, Recommender
@@ -103,6 +105,8 @@ def lists_of(
     only: Only = EVERYTHING,
     weights: Sequence[float] = (),
     rerank: Rerank | None = None,
+    compression: Compression | None = None,
+    cache_dir: str = "",
 ) -> ListMaker:
     """Lists of `k` items by all of `runs` together; of one run, its own, as `Recommender.prepare` gives them.
 
@@ -114,32 +118,37 @@ def lists_of(
       only: which items may be in a list.
       weights: of each run's scores; empty for their mean.
       rerank: how lists of `k` items are made from longer ones; how alike items are, the first run says.
+      compression: of all the runs. Where their tables are compressed, the runs' own are given up: they are deleted.
+      cache_dir: for exact vectors on the disk, where tables are compressed; empty for the runs' own setting.
 
     Raises:
       NonFiniteScores: an item vector is not finite.
+      ConfigError: there are several processes, and the table is compressed.
     """
     pool = k if rerank is None else rerank.length(k, runs[0].items.number)
     length = pool if len(runs) == 1 else offered(pool, runs[0].items.number)
-    recommenders = [
-        Recommender(
-            run.model,
-            run.mesh,
-            runs[0].config.evaluation.batch_size,
-            length,
-            filter_seen,
-            processes,
-            run.items,
-            only,
-        )
-        for run in runs
-    ]
-    vectors = [each.vectors(run.params, run.tables) for each, run in zip(recommenders, runs, strict=True)]
-    makers = [
-        each.prepare(run.params, run.tables, own)
-        for each, run, own in zip(recommenders, runs, vectors, strict=True)
-    ]
-    made = makers[0] if len(runs) == 1 else joined(makers, pool, weights)
-    return made if rerank is None else rerank.of(made, runs[0].mesh, vectors[0][1], k, processes)
+    makers, table_RxD = [], None
+    for run in runs:
+        size = runs[0].config.evaluation.batch_size
+        settings = run.model, run.mesh, size, length, filter_seen, processes, run.items, only
+        if compression is None:
+            recommender = Recommender(*settings)
+            vectors = recommender.vectors(run.params, run.tables)
+            makers.append(recommender.prepare(run.params, run.tables, vectors))
+            table_RxD = vectors[1] if table_RxD is None else table_RxD
+            continue
+        folder = Path(cache_dir or run.config.data.cache_dir or default_cache_dir())
+        made = CompressedRecommender(*settings, compression=compression, folder=folder)
+        makers.append(made.prepare(run.params, run.tables))
+        if compression.table != "float32":
+            for table in run.tables.values():
+                table.delete()
+    lists = makers[0] if len(runs) == 1 else joined(makers, pool, weights)
+    if rerank is None:
+        return lists
+    if table_RxD is None:
+        raise ConfigError("lists of a compressed run cannot be made anew; leave out one of the two")
+    return rerank.of(lists, runs[0].mesh, table_RxD, k, processes)
 
 
 def described(runs: Sequence[Run]) -> list[dict[str, Any]]:

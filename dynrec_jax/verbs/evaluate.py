@@ -1,9 +1,10 @@
 """Measures a run on the whole catalogue, beside its baselines; prints a table and writes JSON."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from rich.console import Console
@@ -11,9 +12,12 @@ from rich.table import Table
 
 from dynrec_jax.errors import ConfigError, MachineError
 from dynrec_jax.parallel.processes import ALONE, Processes, join
-from dynrec_jax.verbs import drift, lists, prequential
+from dynrec_jax.verbs import compressed, drift, lists, prequential
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.telling import teller
+
+if TYPE_CHECKING:
+    from dynrec_jax.evaluate.compressed import Compression
 
 WITH = "other runs of the same dataset, with commas: their scores count too, an ensemble"
 SHOWN = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "mrr", "coverage@10")
@@ -59,6 +63,7 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_string("with", None, WITH, flag_values=values)
+    compressed.define(values)
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
     flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
@@ -77,12 +82,15 @@ def run(values: flags.FlagValues) -> None:
     for name in ("attributes", "out"):
         if values[name].value is not None:
             raise ConfigError(f"--{name}: is for --lists alone; leave it out")
+    compression = compressed.parse(values, processes)
     if values.drift or values.prequential:
         name = "drift" if values.drift else "prequential"
         if processes.count > 1:
             raise ConfigError(f"--{name}: is measured by one process, and this is one of several; start one")
         if others:
             raise ConfigError(f"--{name}: is of one run; leave --with out")
+        if compression is not None:
+            raise ConfigError(f"--{name}: is of a run as it is; leave --table, --encoder and --prune out")
     if values.prequential:
         if values.drift or values.split != "test":
             raise ConfigError(
@@ -99,6 +107,7 @@ def run(values: flags.FlagValues) -> None:
         processes,
         values.drift,
         others,
+        compression,
     )
     if not processes.first:
         return
@@ -167,11 +176,12 @@ def measure(
     processes: Processes = ALONE,
     parts: bool = False,
     others: Sequence[Path] = (),
+    compression: "Compression | None" = None,
 ) -> dict[str, Any]:
     """Metrics, baselines and protocol, as `write` writes them; several processes share the users.
 
     With `parts`, "drift" is what `verbs.drift` measures. With `others`, lists are those of all these runs together, and
-    "together" says which they are.
+    "together" says which they are. With a `compression`, "compressed" says of what, and there are no `parts`.
     """
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.data.cache import Histories
@@ -194,7 +204,8 @@ def measure(
     evaluator = Evaluator(
         histories, splits, which, opened.model, opened.config, opened.mesh, processes, opened.items
     )
-    lists = lists_of(runs, evaluator.recommender.k, opened.config.evaluation.filter_seen, processes)
+    length, filter_seen = evaluator.recommender.k, opened.config.evaluation.filter_seen
+    lists = lists_of(runs, length, filter_seen, processes, compression=compression, cache_dir=cache_dir or "")
     result: dict[str, Any] = {
         "split": which,
         "users": evaluator.users,
@@ -213,6 +224,8 @@ def measure(
     if others:
         result["together"] = described(runs)
         result["protocol"]["query_time"] = any(run.config.model.query_time for run in runs)
+    if compression is not None:
+        result["compressed"] = dataclasses.asdict(compression)
     if parts:
         result["drift"] = drift.measure(opened, evaluator, lists)
     return result
@@ -221,12 +234,17 @@ def measure(
 def write(workdir: Path, result: dict[str, Any]) -> Path:
     """Writes `evaluation/<split>.json`, or `<split>_together.json` of several runs; returns which.
 
+    What was compressed has a name of its own, as `<split>_table_int8.json`: the run's own result stays.
+
     Raises:
       MachineError: it cannot be written.
     """
+    from dynrec_jax.evaluate.compressed import Compression
     from dynrec_jax.files import write_whole
 
     name = f"{result['split']}_together" if "together" in result else result["split"]
+    if "compressed" in result:
+        name = f"{name}_{Compression(**result['compressed']).name}"
     path = workdir / "evaluation" / f"{name}.json"
     try:
         path.parent.mkdir(exist_ok=True)
@@ -250,6 +268,10 @@ def show(result: dict[str, Any]) -> None:
     title = f"{result['split']}: {result['users']:,} {asked}, {result['catalogue']:,} items"
     if "together" in result:
         title += f"; {len(result['together'])} models together"
+    if "compressed" in result:
+        title += "; compressed: " + ", ".join(
+            f"{name} {value}" for name, value in result["compressed"].items()
+        )
     table = Table(title=title, caption=caption)
     table.add_column("metric")
     for name in columns:

@@ -14,6 +14,7 @@ from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import join
 from dynrec_jax.score.formats import FORMATS
 from dynrec_jax.score.options import LISTS, POOL, WHAT, ScoreOptions
+from dynrec_jax.verbs import compressed
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.evaluate import WITH, parse_step, paths_of
 from dynrec_jax.verbs.telling import teller
@@ -116,6 +117,7 @@ def define_flags() -> flags.FlagValues:
         "of several runs' scores, as 0.7,0.3: scores are their sum [their mean]",
         flag_values=values,
     )
+    compressed.define(values)
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
     flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
@@ -137,6 +139,7 @@ def run(values: flags.FlagValues) -> None:
     step, others = parse_step(values.step), [*more, *paths_of(values["with"].value)]
     options = options_of(values)
     processes = join()
+    options = dataclasses.replace(options, compression=compressed.parse(values, processes))
     processes.start_jax()
     keep_programs(processes.agree(lambda: workdirs.open_config(first)), values.cache_dir, processes)
     runs = open_together(

@@ -76,5 +76,6 @@ class ScoreOptions:
             if field.name in always or (value != field.default and field.name not in elsewhere):
                 found[field.name] = list(value) if isinstance(value, tuple) else value
         if self.compression is not None:
-            found["compressed"] = dataclasses.asdict(found.pop("compression"))
+            found["compressed"] = dataclasses.asdict(self.compression)
+            del found["compression"]
         return found

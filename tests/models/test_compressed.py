@@ -39,7 +39,7 @@ def inputs(model: Any, params: Any) -> dict[tuple[str, ...], int]:
     found = {}
 
     def look(call: Any, arguments: Any, named: Any, context: Any) -> Any:
-        if isinstance(context.module, Dense) and context.method_name == "__call__":
+        if isinstance(context.module, Dense) and context.method_name in ("__call__", "kernel"):
             found[*context.module.path, "kernel"] = context.module.inputs
         return call(*arguments, **named)
 

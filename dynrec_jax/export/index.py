@@ -47,7 +47,9 @@ def make(factory: str, search: str, dim: int) -> Any:
         ) from None
     try:
         if search:
-            faiss.ParameterSpace().set_index_parameters(made, search)
+            # FAISS's stubs describe one of the functions of this name, and this call is of another.
+            space: Any = faiss.ParameterSpace()
+            space.set_index_parameters(made, search)
     except RuntimeError as error:
         raise ConfigError(
             f"--faiss_search={search}: the index has no such parameter ({_reason(error)}); expected one such as "

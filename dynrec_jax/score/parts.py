@@ -43,6 +43,9 @@ class Parts:
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{out}: is a file; choose another --out")
         found = read_manifest(out / MANIFEST)
+        others = [path for path in out.iterdir() if not is_temporary(path)] if out.exists() else []
+        if found is None and others:  # perhaps of another worker, who has begun since
+            found = read_manifest(out / MANIFEST)
         if found is not None:
             changed = sorted(
                 key for key in {*found, *self._manifest} if found.get(key) != self._manifest.get(key)
@@ -54,7 +57,7 @@ class Parts:
                 raise ConfigError(f"{out}: holds the output of another job ({told}); choose another --out")
             remove_temporary(out)
             return
-        if out.exists() and any(path for path in out.iterdir() if not is_temporary(path)):
+        if others:
             raise ConfigError(f"{out}: exists and is not the output of scoring; choose another --out")
         try:
             out.mkdir(parents=True, exist_ok=True)

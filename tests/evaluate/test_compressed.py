@@ -66,7 +66,11 @@ def same(found: Lists, exact: Lists) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "devices", "table"),
-    [(DRAWN, 1, "int8"), (DRAWN, 8, "int8"), (ENSEMBLE, 1, "bfloat16")],
+    [
+        pytest.param(DRAWN, 1, "int8", marks=pytest.mark.slow),
+        (DRAWN, 8, "int8"),
+        pytest.param(ENSEMBLE, 1, "bfloat16", marks=pytest.mark.slow),
+    ],
     ids=["counts, interests, drawn vectors", "eight devices", "ensemble"],
 )
 def test_what_is_offered_is_ranked_as_the_model_ranks_it(
@@ -189,6 +193,7 @@ def test_what_is_no_number_ends_in_an_error(bad: str, histories: Histories, tmp_
         lists(few, {"params": params, "tables": tables}, histories)
 
 
+@pytest.mark.slow
 def test_an_encoder_that_is_compressed_changes_users_and_no_items(histories: Histories, tmp_path: Path):
     items, model, variables = made(ENSEMBLE)
     mesh, shared = tiny.mesh(1, 1, 1), {"items": items, "folder": tmp_path}

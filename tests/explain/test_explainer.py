@@ -40,7 +40,7 @@ def lists(made: Made, folder: Any, split: str) -> pd.DataFrame:
     return pd.read_parquet(folder).set_index("user_id")
 
 
-@pytest.mark.parametrize("split", ["all", "test"])
+@pytest.mark.parametrize("split", [pytest.param("all", marks=pytest.mark.slow), "test"])
 def test_the_best_recommendation_is_explained_with_its_served_score(split, made, run, explainer, tmp_path):
     served = lists(made, tmp_path / "out", split)
     asked = explainer if split == "all" else Explainer(run, split)

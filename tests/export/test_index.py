@@ -73,6 +73,7 @@ def test_what_an_index_leaves_out_is_said_and_measured(
     assert "a user has 2 vectors" in told[2]
 
 
+@pytest.mark.slow
 def test_an_index_that_is_not_exact_says_how_much_it_misses(
     tiny_dataset: Dataset, histories: Histories, tmp_path: Path
 ):

@@ -60,7 +60,10 @@ def test_a_program_takes_any_number_of_users(tiny_dataset: Dataset, histories: H
         assert_same(list(runner.run(users, batch_size)), expected, run.item_ids.to_pylist())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    ["hops", *(pytest.param(name, marks=pytest.mark.slow) for name in ("interests", "ensemble"))],
+)
 def test_a_program_is_the_model(tiny_dataset: Dataset, histories: Histories, tmp_path: Path, name: str):
     run = untrained(tiny_dataset, **MODELS[name])
     runner = Runner(exported(run, tmp_path / "out"))

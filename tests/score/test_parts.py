@@ -141,6 +141,20 @@ def test_the_output_of_another_job_is_refused_with_the_difference(
     assert digest(lists) == before
 
 
+def test_a_folder_that_another_worker_begins_meanwhile_is_gone_on_with(tmp_path, monkeypatch):
+    out, about = tmp_path / "out", {"format": 2}
+    parts.Parts(out, about, 1)
+    read, looked = parts.read_manifest, []
+
+    def late(path: Path) -> object:
+        looked.append(path)
+        return read(path) if len(looked) > 1 else None  # it was not there yet
+
+    monkeypatch.setattr(parts, "read_manifest", late)
+    parts.Parts(out, about, 1)
+    assert len(looked) == 2
+
+
 def test_a_job_killed_before_its_manifest_starts_again(shop, whole, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -131,27 +131,6 @@ def attention_at(
     return y_BxHx1xE[:, :, 0].astype(v_BxHxKxE.dtype)
 
 
-def attention_over(
-    q_BxHxD: Array, x_BxKxD: Array, inside_BxK: Array, added_BxHxK: Array | None = None
-) -> Array:
-    """Softmax's means of `x` itself for a single query of each head, `[B, H, D]`: keys and values are not made.
-
-    A query's product with a key `x W` is that of `W q` with x, and a mean of values is the map of the mean of x: for
-    one query a head, mapping these two instead of all keys and values costs H/D of it.
-
-    Args:
-      q_BxHxD: queries, scaled already, mapped to where x is.
-      x_BxKxD: what is read.
-      inside_BxK: bool, the places that each looks at, one at least.
-      added_BxHxK: what the bias adds to the scores.
-    """
-    s_Bx1xHxK = _product("bhqe,bhke->bhqk", q_BxHxD[:, None], x_BxKxD[:, None])
-    if added_BxHxK is not None:
-        s_Bx1xHxK = s_Bx1xHxK + added_BxHxK[:, None]
-    s_Bx1xHxK = jnp.where(inside_BxK[:, None, None], s_Bx1xHxK, NEVER)
-    return _mean(s_Bx1xHxK, x_BxKxD[:, None])[0][:, 0].astype(x_BxKxD.dtype)
-
-
 def bounds(reach_BxL: Array, direction: Direction) -> tuple[Array, Array]:
     """First and last position that each may look at, int32[B, L]."""
     at_BxL = jnp.broadcast_to(jnp.arange(reach_BxL.shape[1], dtype=jnp.int32)[None, :], reach_BxL.shape)

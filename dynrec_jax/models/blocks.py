@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dynrec_jax.models.attention import Direction, Way, attention, attention_at, attention_over, bounds
+from dynrec_jax.models.attention import Direction, Way, attention, attention_at, bounds
 from dynrec_jax.models.bias import Bias, distance_bias_of, time_bias_of
 from dynrec_jax.models.layers import Dense, Dropout, LayerNorm, RmsNorm
 from dynrec_jax.models.time import Turns, turned
@@ -125,24 +125,14 @@ class Attention(nn.Module):
             y_Bx1xQxD = self._look(at.wanted(zero_Bx1xLx1[:, 0])[:, None], zero_Bx1xLx1, x_BxLxD[:, None], at)
             return y_Bx1xQxD[:, 0]
 
-        def dense(name: str) -> Dense:
-            return Dense((heads, dim // heads), ("embed", "heads", "head_dim"), dtype, name=name)
-
         def project(name: str, x: Array) -> Array:
             # Heads before length: the products are then plain batched matrix products, which run two to three
             # times faster on CPU than with the head axis inside.
-            y = dense(name)(x).swapaxes(1, 2)
+            kernel = Dense((heads, dim // heads), ("embed", "heads", "head_dim"), dtype, name=name)
+            y = kernel(x).swapaxes(1, 2)
             return nn.silu(y) if self.pointwise else y
 
-        out = Dense((dim,), ("heads", "head_dim", "embed"), dtype, inputs=2, name="out")
         wanted = at.wanted(x_BxLxD)
-        if at.read is not None and at.ring is None and at.turns is None and not self.pointwise:
-            key_DxHxE, value_DxHxE = (dense(name).kernel((dim,)).astype(dtype) for name in ("key", "value"))
-            q_BxHxE = project("query", wanted)[:, :, 0] * (dim // heads) ** -0.5
-            inside_BxL, added = self._seen(at, x_BxLxD.shape[1], self._bias(at))
-            q_BxHxD = jnp.einsum("bhe,dhe->bhd", q_BxHxE, key_DxHxE)
-            y_BxHxD = attention_over(q_BxHxD, x_BxLxD.astype(dtype), inside_BxL, added)
-            return out(jnp.einsum("bhd,dhe->bhe", y_BxHxD, value_DxHxE)[:, None])
         q_BxHxQxE = project("query", wanted)
         if not self.pointwise:
             q_BxHxQxE = q_BxHxQxE * (dim // heads) ** -0.5
@@ -155,7 +145,7 @@ class Attention(nn.Module):
             gate_BxQxHxE = project("gate", wanted).swapaxes(1, 2)
             y_BxQxD = LayerNorm(name="norm")(y_BxQxHxE.reshape(*y_BxQxHxE.shape[:2], dim))
             y_BxQxHxE = y_BxQxD.reshape(y_BxQxHxE.shape) * gate_BxQxHxE
-        return out(y_BxQxHxE)
+        return Dense((dim,), ("heads", "head_dim", "embed"), dtype, inputs=2, name="out")(y_BxQxHxE)
 
     def _look(self, q: Array, k: Array, v: Array, at: Places) -> Array:
         """`[B, H, Q, E]`."""
@@ -165,17 +155,12 @@ class Attention(nn.Module):
         if at.read is None:
             way = Way(at.direction, self.settings.window, self.pointwise)
             return attention(q, k, v, at.reach, way, bias)
-        inside_BxL, added = self._seen(at, k.shape[2], bias)
-        return attention_at(q[:, :, 0], k, v, inside_BxL, added, self.pointwise)[:, :, None]
-
-    def _seen(self, at: Places, length: int, bias: Bias | None) -> tuple[Array, Array | None]:
-        """What the only query of each row looks at, bool[B, L], and what the bias adds to its scores."""
-        assert at.read is not None
         low_B, high_B = (at.wanted(bound_BxL)[:, 0] for bound_BxL in bounds(at.reach, at.direction))
-        key_1xL = jnp.arange(length, dtype=jnp.int32)[None]
+        key_1xL = jnp.arange(k.shape[2], dtype=jnp.int32)[None]
         inside_BxL = (low_B[:, None] <= key_1xL) & (key_1xL <= high_B[:, None])
         distance_BxL = jnp.abs(at.read[:, None] - key_1xL)
-        return inside_BxL, self._added(bias, at, at.times, distance_BxL)
+        added = self._added(bias, at, at.times, distance_BxL)
+        return attention_at(q[:, :, 0], k, v, inside_BxL, added, self.pointwise)[:, :, None]
 
     def _remember(self, q: Array, k: Array, v: Array, at: Places, ring: Ring, bias: Bias | None) -> Array:
         """Puts the event's key and value where they belong, and looks at all that are there."""

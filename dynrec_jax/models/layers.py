@@ -123,25 +123,20 @@ class Dense(nn.Module):
     inputs: int = 1
 
     @nn.compact
-    def kernel(self, contracted: tuple[int, ...]) -> Array:
-        """`[*contracted, *features]`, for axes of these sizes that go in."""
+    def __call__(self, x: Array) -> Array:
+        lead, contracted = x.shape[: -self.inputs], x.shape[-self.inputs :]
 
         def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
             # fan_in of all axes that go in: those of a head and the heads.
             flat = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
             return flat(key, (math.prod(contracted), math.prod(self.features)), dtype).reshape(shape)
 
-        return self.param(
+        kernel = self.param(
             "kernel",
             nn.with_logical_partitioning(init, self.names),
             (*contracted, *self.features),
             jnp.float32,
         )
-
-    def __call__(self, x: Array) -> Array:
-        """The map of `x`."""
-        lead, contracted = x.shape[: -self.inputs], x.shape[-self.inputs :]
-        kernel = self.kernel(contracted)
         # One axis of positions: with two, XLA's gradient of the kernel takes twice as long on CPU.
         x_PxI = x.reshape(-1, math.prod(contracted)).astype(self.dtype)
         y_PxO = linear(x_PxI, kernel.reshape(math.prod(contracted), -1))

@@ -22,7 +22,7 @@ def read_file(path: Path, name: str, expected: str = "") -> pa.Table:
       expected: what is said to be expected where it is not there; that column where not given.
 
     Raises:
-      DataError: no such file, not readable, without rows, or with two columns of a name.
+      DataError: no such file, not readable, or two columns have one name.
     """
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "no such file"

@@ -136,7 +136,7 @@ def _check(runs: Sequence[Run], options: ScoreOptions) -> None:
     if options.compression is not None and options.compression.table != "float32":
         for name in ("candidates", "diversify", "calibrate"):
             if getattr(options, name):
-                raise ConfigError(f"--{name}: goes without --table, for it needs the whole table")
+                raise ConfigError(f"--{name} and --table: one of them alone; leave the other out")
     if options.what != LISTS:
         if len(runs) > 1:
             raise ConfigError(f"--what={options.what}: is of one run; leave the others out")

@@ -131,23 +131,23 @@ def lists_of(
     for run in runs:
         size = runs[0].config.evaluation.batch_size
         settings = run.model, run.mesh, size, length, filter_seen, processes, run.items, only
-        if compression is None:
-            recommender = Recommender(*settings)
+        recommender = Recommender(*settings)
+        if compression is not None:
+            folder = Path(cache_dir or run.config.data.cache_dir or default_cache_dir())
+            recommender = CompressedRecommender(*settings, compression=compression, folder=folder)
+        if compression is None or compression.table == "float32":
             vectors = recommender.vectors(run.params, run.tables)
             makers.append(recommender.prepare(run.params, run.tables, vectors))
             table_RxD = vectors[1] if table_RxD is None else table_RxD
             continue
-        folder = Path(cache_dir or run.config.data.cache_dir or default_cache_dir())
-        made = CompressedRecommender(*settings, compression=compression, folder=folder)
-        makers.append(made.prepare(run.params, run.tables))
-        if compression.table != "float32":
-            for table in run.tables.values():
-                table.delete()
+        makers.append(recommender.prepare(run.params, run.tables))
+        for table in run.tables.values():
+            table.delete()
     lists = makers[0] if len(runs) == 1 else joined(makers, pool, weights)
     if rerank is None:
         return lists
     if table_RxD is None:
-        raise ConfigError("lists of a compressed run cannot be made anew; leave out one of the two")
+        raise ConfigError("lists by a compressed table cannot be made anew; leave out one of the two")
     return rerank.of(lists, runs[0].mesh, table_RxD, k, processes)
 
 

@@ -39,6 +39,23 @@ def test_what_is_measured_is_what_is_written_and_both_say_how(shop, histories, t
     assert "holds the output of another job (compressed:" in one_line(capsys)
 
 
+def test_lists_of_a_compressed_encoder_are_made_anew_and_those_of_a_compressed_table_are_not(
+    shop, tmp_path, capsys
+):
+    asked = {"workdir": shop.workdir, "k": 5, "diversify": 0.5, "pool": 10}
+    assert dynrec("score", out=tmp_path / "encoder", encoder="int8", **asked) == 0
+    plain = {"workdir": shop.workdir, "k": 10, "encoder": "int8"}
+    assert dynrec("score", out=tmp_path / "pools", **plain) == 0
+    pools = pd.read_parquet(tmp_path / "pools").set_index("user_id")["item_ids"]
+    found = pd.read_parquet(tmp_path / "encoder").set_index("user_id")["item_ids"]
+    assert all(set(items) <= set(pools[user]) for user, items in found.items())
+    assert any(list(items) != list(pools[user][:5]) for user, items in found.items())
+    capsys.readouterr()
+    assert dynrec("score", out=tmp_path / "table", table="int8", **asked) == 2
+    assert "--diversify and --table: one of them alone" in one_line(capsys)
+    assert not (tmp_path / "table").exists()
+
+
 @pytest.mark.parametrize(
     ("verb", "flags", "told"),
     [

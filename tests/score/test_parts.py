@@ -1,5 +1,6 @@
 """Scoring that is killed goes on: parts are whole or not there, and those that are there are not computed again."""
 
+import json
 import os
 import signal
 import subprocess
@@ -70,6 +71,8 @@ def test_a_job_that_is_interrupted_goes_on(shop, whole, written, tmp_path, monke
         assert score(shop, out) == 130
     kept = parts_in(digest(out))
     assert kept.items() < whole.items()  # no half of a part, under any name
+    known = [json.loads(line)["part"] for line in (out / parts.RECORDS).read_text().splitlines()]
+    assert [name[:10] for name in known] == ["part-00000", "part-00001"]  # a digest is there before its part
     assert (sum(name.endswith(".parquet") for name in kept), written) == (1, [0, 1])
     capsys.readouterr()
     assert score(shop, out) == 0

@@ -21,6 +21,10 @@ from dynrec_jax.parallel.table import STRIPED_FROM, STRIPS, ids_of, rows_of
 
 Array = jax.Array
 
+# XLA's CPU backend finds the best of an array's rows on one core, unless enough of such calls are ready at once.
+PIECES = 16
+FEWEST = 1 << 16  # scores that are worth it
+
 QUERIES, LISTS = PartitionSpec(SLICE_AXES), PartitionSpec((*SLICE_AXES, *ITEM_AXES))
 
 
@@ -160,6 +164,22 @@ def _lists(
     return jnp.take_along_axis(ids, place_BxK, axis=1), best_BxK
 
 
+def best(s_BxC: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k`, on a CPU by all of its cores."""
+    batch, count = s_BxC.shape
+    if batch % PIECES or batch * count < FEWEST:
+        return jax.lax.top_k(s_BxC, k)
+
+    def in_pieces(s_BxC: Array) -> tuple[Array, Array]:
+        found = [jax.lax.top_k(piece, k) for piece in jnp.split(s_BxC, PIECES)]
+        scores, places = (jnp.concatenate(each) for each in zip(*found, strict=True))
+        return scores, places
+
+    return jax.lax.platform_dependent(
+        s_BxC, cpu=in_pieces, default=lambda s_BxC: tuple(jax.lax.top_k(s_BxC, k))
+    )
+
+
 def _local(
     settings: _Settings, u_BxD: Array, table_RxD: Table, seen_BxM: Array, order: _Order, *only: Array
 ) -> tuple[Array, Array]:
@@ -187,9 +207,9 @@ def _local(
         place_BxM = jnp.where(seen_BxM >= start, seen_BxM - start, size)
         s_BxC = s_BxC.at[each_B, place_BxM].set(-jnp.inf, mode="drop")
         if number == 1 and size >= k:
-            best_BxK, place_BxK = jax.lax.top_k(s_BxC, k)
+            best_BxK, place_BxK = best(s_BxC, k)
             return (start + place_BxK, best_BxK), None
-        best_BxK, place_BxK = jax.lax.top_k(jnp.concatenate([carry[1], s_BxC], axis=1), k)
+        best_BxK, place_BxK = best(jnp.concatenate([carry[1], s_BxC], axis=1), k)
         kept_BxK = jnp.take_along_axis(carry[0], jnp.minimum(place_BxK, k - 1), axis=1)
         return (jnp.where(place_BxK < k, kept_BxK, start + place_BxK - k), best_BxK), None
 

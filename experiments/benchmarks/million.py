@@ -52,7 +52,7 @@ def make(folder: Path, users: int, items: int, events: int) -> Path:
         rng.shuffle(taken)
         with (folder / "log.txt").open("w") as file:
             for user, own in enumerate(taken.reshape(users, events)):
-                file.write(f"u{user} {' '.join(map(str, own))}\\n")
+                file.write(f"u{user} {' '.join(map(str, own))}\n")
         subprocess.run(
             dynrec("prepare", f"--source=sequences:{folder / 'log.txt'}", f"--out={dataset}"),
             check=True,
@@ -144,7 +144,7 @@ def main() -> None:
     text = json.dumps(found, indent=2)
     print(text)
     if flags.out:
-        flags.out.write_text(text + "\\n", encoding="utf-8")
+        flags.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

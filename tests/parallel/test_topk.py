@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynrec_jax.parallel import topk
 from dynrec_jax.parallel.table import rows_for, rows_of
 from dynrec_jax.parallel.topk import top_k
 
@@ -111,3 +112,17 @@ def test_a_score_that_is_not_a_number_comes_first(items: int):
     assert (ids[:, 0] == 17).all()
     assert np.isnan(scores[:, 0]).all()
     assert np.isfinite(scores[:, 1:]).all()
+
+
+def test_on_a_cpu_the_lists_of_many_queries_are_found_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    items, k = 37, 7
+    u, table, seen = (np.tile(x, (7, 1))[:32] if i != 1 else x for i, x in enumerate(inputs(items)))
+    monkeypatch.setattr(topk, "FEWEST", 0)
+    run = functools.partial(top_k, k=k, items=items, scale=SCALE, rows=10_000)
+    compiled = jax.jit(run).lower(u, table, seen).compile()
+    assert compiled.as_text().count('custom_call_target="TopK"') == topk.PIECES
+    for rows in (16, 10_000):
+        for one, other in zip(
+            found(u, table, seen, items, k, rows), expected(u, table, seen, items, k), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)

@@ -60,6 +60,7 @@ from dynrec_jax.train.state import (
 )
 from dynrec_jax.train.step import CompiledStep, Inputs, StepSettings
 from dynrec_jax.train.texts import Read, TextBatches
+from dynrec_jax.train.trace import TraceHook
 from dynrec_jax.train.trackers import Trackers
 
 # Arrays of the table's size, itself included: Adam's moments, numbers of rows, and the average.
@@ -155,7 +156,9 @@ def train(
         watching = [] if watch is None else [WatchHook(watch, evaluation)]
         saving = CheckpointHook(config, checkpoints, evaluation, log, pulse, clock)
         # Told before it is saved: a run that is killed between measures, and tells, again.
-        hooks: list[Hook] = [log, evaluation, *watching, saving]
+        trace = TraceHook(folder, processes.index, progress_bar)
+        opened.enter_context(trace.listening())
+        hooks: list[Hook] = [log, trace, evaluation, *watching, saving]
         step = start
         if start:
             _measure_owed(start, state, evaluation, saving)

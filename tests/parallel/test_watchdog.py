@@ -181,10 +181,10 @@ def test_a_compiler_has_its_own_time():
 
 
 def test_a_process_that_was_stopped_by_its_user_goes_on():
-    started = Started("with pulse.at('data'): time.sleep(4)", 1, seconds=6.0)
+    started = Started("with pulse.at('data'): time.sleep(1.5)", 1, seconds=3.0)
     (process,) = started.processes
     process.send_signal(signal.SIGSTOP)
-    time.sleep(7)
+    time.sleep(4)
     process.send_signal(signal.SIGCONT)
     assert started.end(0)[0] == 0
 

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,3 +271,21 @@ def test_the_popularity_sampler_gets_the_running_training_counts(histories: Hist
     np.testing.assert_array_equal(np.diff(running_R[:26], prepend=0), counts)
     assert (running_R[26:] == counts.sum()).all()
     assert loop.training_counts(tiny.config(), histories, splits, tiny.mesh(1, 1, 1), Feed()) is None
+
+
+def test_a_signal_has_some_steps_recorded(train, tmp_path: Path):
+    def asking(step: Step) -> Step:
+        calls = iter(range(100))
+
+        def run(*arguments: Any) -> Any:
+            if next(calls) == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return step(*arguments)
+
+        return run
+
+    before = signal.getsignal(signal.SIGUSR1)
+    train(tmp_path, asking, train__evaluate_every=0)
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["step5-process0"]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

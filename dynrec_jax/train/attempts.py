@@ -14,6 +14,7 @@ from dynrec_jax.errors import MachineError
 from dynrec_jax.files import sync
 
 FILE = "attempts.jsonl"
+SPENT = "productive_seconds"
 PERCENTS = (50, 90, 99)  # of the time that a step takes
 
 
@@ -89,7 +90,7 @@ class StepClock:
 
     A step's time is that from its input on to the next step's, without what is done aside: evaluations, checkpoints.
     The first step of a start, in which it is compiled, counts for nothing, and neither do steps that were done and
-    lost. What counted is part of a checkpoint, and so goes back with it.
+    lost. What counted stands in the log, whose lines go back with a run.
     """
 
     def __init__(self, first: float, spent: float = 0.0):
@@ -124,9 +125,9 @@ class StepClock:
             self._aside += time.perf_counter() - began
 
     def told(self) -> dict[str, float]:
-        """Percentiles of the steps since the last call, in seconds, and `goodput` since the run's first start."""
+        """Percentiles of the steps since the last call, in seconds; and since the run's first start, what counted."""
         seconds, self._seconds = self._seconds, []
-        share = {"goodput": self.spent / max(time.time() - self._first, 1e-9)}
+        share = {SPENT: self.spent, "goodput": self.spent / max(time.time() - self._first, 1e-9)}
         return share if not seconds else {**percentiles(seconds), **share}
 
 

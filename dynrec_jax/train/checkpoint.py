@@ -24,17 +24,20 @@ from dynrec_jax.parallel.digest import digests
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.train import arrays, manifest
 from dynrec_jax.train.manifest import Damaged, Manifest
-from dynrec_jax.train.saving import BUSY, DONE, Save, remove, remove_unfinished
+from dynrec_jax.train.saving import BUSY, DONE, Save, of_the_disk, remove, remove_unfinished
 from dynrec_jax.train.state import TrainState
 from dynrec_jax.train.verified import Found, Reader, leaves_by_name
 
 Say = Callable[[str], None]
 TREES = ("model", "optimizer")
 DAMAGED = "damaged"  # the folder beside `checkpoints`
+MOST_TRIES = (
+    3  # saves in a row that may fail for a reason that may pass; those of a full disk are not counted
+)
 
 
 class Outcome(NamedTuple):
-    """How a save ended: `full` is None where it is on the disk, and else what the disk said."""
+    """How a save ended: `full` is None where it is on the disk, and else what the disk said, mostly that it is full."""
 
     step: int
     full: str | None
@@ -72,6 +75,7 @@ class Checkpoints:
         self._numbers = itertools.count()
         self._save: Save | None = None
         self._outcomes: list[Outcome] = []
+        self._passing = 0  # saves in a row that failed for a reason that may pass
 
     @property
     def folder(self) -> Path:
@@ -277,17 +281,27 @@ class Checkpoints:
             for old in self._superseded(new):
                 del self._known[old]
             self._known[step] = new
+            self._passing = 0
             self._outcomes.append(Outcome(step, None))
             return
         if self._processes.first:
             remove_unfinished(self._folder)
-        full = next((one["full"] for one in faults.values() if one["full"]), None)
+        full, passing = (
+            next((one[what] for one in faults.values() if one[what]), None) for what in ("full", "passing")
+        )
+        self._passing = self._passing + 1 if full is None else 0
+        if full is None and self._passing <= MOST_TRIES:
+            full = passing
         if full is not None:
             self._outcomes.append(Outcome(step, full))
             return
-        if save.error is not None:
-            raise save.error
         index, one = min(faults.items())
+        if save.error is not None:
+            if not of_the_disk(save.error):
+                raise save.error
+            raise MachineError(
+                f"{self._folder}: the checkpoint of step {step} was not written: {one['told']}"
+            ) from save.error
         raise MachineError(f"process {index}: the checkpoint of step {step} was not written: {one['told']}")
 
     def _move_aside(self, damaged: Mapping[int, str], instead: int) -> None:

@@ -16,17 +16,18 @@ import numpy as np
 from dynrec_jax.errors import MachineError, NonFiniteError
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.parallel.pulse import Pulse
-from dynrec_jax.train.attempts import PERCENTS, StepClock
+from dynrec_jax.train.attempts import PERCENTS, SPENT, StepClock
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.flops import Utilisation
 from dynrec_jax.train.metrics_writer import MetricsWriter
 from dynrec_jax.train.progress import Progress
+from dynrec_jax.train.saving import FULL
 from dynrec_jax.train.state import TrainState
 
 Metrics = dict[str, Any]
 # Of the log: what differs between runs that are the same.
 CLOCK = (
-    *("histories_per_second", "utilisation", "goodput"),
+    *("histories_per_second", "utilisation", "goodput", SPENT),
     *(f"step_seconds_p{percent}" for percent in PERCENTS),
 )
 # (step, the metric where it was measured) -> why the run should end, if it should
@@ -235,7 +236,7 @@ class CheckpointHook:
         self._evaluation = evaluation
         self._log = log
         self._measured: tuple[int, float | None] = (0, None)  # a step and what was measured there
-        self._owed = False  # the last save that ended failed
+        self._owed, self._why = False, ""  # whether the last save that ended failed, and why
         self._again_at: int | None = None
 
     def __call__(self, step: int, state: TrainState, metrics: Metrics, last: bool) -> str | None:
@@ -281,8 +282,7 @@ class CheckpointHook:
         self._checkpoints.amend(step, self._progress(step), self._evaluation.value)
 
     def _progress(self, step: int) -> dict[str, Any]:
-        spent = {} if self._clock is None else {"spent": self._clock.spent}
-        return {"step": step, "standing": self._evaluation.standing, **spent}
+        return {"step": step, "standing": self._evaluation.standing}
 
     def _save(self, step: int, state: TrainState, last: bool) -> None:
         """Starts to save; a value is claimed for the step alone at which it was measured."""
@@ -307,16 +307,17 @@ class CheckpointHook:
         if self._owed:
             kept = self._checkpoints.latest()
             raise MachineError(
-                f"{self._checkpoints.folder}: the last checkpoint, of step {step}, cannot be written: the disk is "
-                "full; free some space, and the same command goes on from "
-                f"{'the start' if kept is None else f'step {kept}'}"
+                f"{self._checkpoints.folder}: the last checkpoint, of step {step}, cannot be written: "
+                f"{self._why}, and the same command goes on from {'the start' if kept is None else f'step {kept}'}"
             )
 
     def _look(self, step: int, last: bool) -> None:
         """Takes note of saves that have ended, and tells the user of a full disk and of its end."""
         for saved, full in self._checkpoints.poll():
             if full is not None:
-                self._owed = True
+                self._owed, self._why = True, f"{full}; mend the disk"
+                if any(words in full for words in FULL):
+                    self._why = "the disk is full; free some space"
                 self._again_at = step + max(1, self._every // 10)
                 kept = self._checkpoints.latest()
                 self._checkpoints.say(

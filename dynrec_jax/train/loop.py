@@ -41,7 +41,7 @@ from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.pulse import Pulse
 from dynrec_jax.parallel.rules import sharding
 from dynrec_jax.parallel.table import in_rows, rows_for
-from dynrec_jax.train.attempts import Attempt, StepClock, begin, check_current
+from dynrec_jax.train.attempts import SPENT, Attempt, StepClock, begin, check_current
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.flops import Utilisation, training_cost
 from dynrec_jax.train.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, Metrics, Watch, WatchHook
@@ -127,17 +127,16 @@ def train(
         model = items.model(config)
         made = setup(config, model, mesh, exchange)
         given = _given(config, items, histories, splits, mesh, own)
-        start, standing, spent = 0, {}, 0.0
+        start, standing = 0, {}
         with processes.pulse.at("restore"):
             found = checkpoints.resume(made.template)
         if found is None:
             state = made.fresh(given)
         else:
             state, progress = found
-            start, standing, spent = progress["step"], progress["standing"], progress.get("spent", 0.0)
+            start, standing = progress["step"], progress["standing"]
         processes.pulse.step = start
         processes.first_does(lambda: attempts.append(begin(folder, start, processes.count)))
-        clock = StepClock(attempts[0].first if attempts else 0.0, spent)
         progress_bar.goes_on(start)
         writer = (
             MetricsWriter(folder, start, Trackers(config, folder, start, progress_bar.say))
@@ -145,6 +144,7 @@ def train(
             else SilentWriter()
         )
         opened.enter_context(contextlib.closing(writer))
+        clock = StepClock(attempts[0].first if attempts else 0.0, writer.last(SPENT))
         running = training_counts(config, histories, splits, mesh, own)
         _announce(progress_bar, config, histories, source, state, start, processes, own, exchange)
         evaluator = _evaluator(config, histories, splits, model, mesh, processes, items)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from dynrec_jax.files import write_whole
 from dynrec_jax.train.trackers import Trackers
@@ -22,7 +23,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, start: int, trackers: Trackers | None = None):
         """`trackers` get the same numbers, and are closed with this."""
         path = folder / "metrics.jsonl"
-        _rewind(path, start)
+        self._lines = _rewind(path, start)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
         self._left = b""
         self._trackers = trackers
@@ -33,6 +34,10 @@ class MetricsWriter:
         self._try()
         if self._trackers is not None:
             self._trackers.write(step, values)
+
+    def last(self, name: str) -> float:
+        """The last value of a scalar in the lines that were there; 0 where none has it."""
+        return next((float(line[name]) for line in reversed(self._lines) if name in line), 0.0)
 
     def sync(self) -> None:
         """Returns when what was written is on the disk; raises OSError where it is full."""
@@ -67,6 +72,10 @@ class SilentWriter(MetricsWriter):
     def write(self, step: int, values: dict[str, float]) -> None:
         """Nothing."""
 
+    def last(self, name: str) -> float:
+        """Nothing is known here."""
+        return 0.0
+
     def sync(self) -> None:
         """Nothing."""
 
@@ -74,14 +83,18 @@ class SilentWriter(MetricsWriter):
         """Nothing."""
 
 
-def _rewind(path: Path, start: int) -> None:
+def _rewind(path: Path, start: int) -> list[dict[str, Any]]:
+    """The lines that stay."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, values = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= start:
+            read = json.loads(line)
+            if read["step"] <= start:
                 kept.append(line + "\n")
+                values.append(read)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
     write_whole(path, "".join(kept))
+    return values

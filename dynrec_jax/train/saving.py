@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from dynrec_jax.train import arrays, manifest
 from dynrec_jax.train.manifest import Manifest
 
 BUSY, DONE = "busy", "done"
-FULL = ("No space left", "quota exceeded")  # the operating system's words, which TensorStore keeps
+# The operating system's words, which TensorStore keeps. Disks of a network have faults that pass.
+FULL = ("No space left", "quota exceeded")
+PASSING = ("Input/output error", "Stale file handle", "Remote I/O error", "Connection timed out")
 
 
 class Save:
@@ -58,7 +60,8 @@ class Save:
             return BUSY
         if self.error is None:
             return DONE
-        return {"full": full_disk(self.error), "told": one_line(self.error)}
+        found = {"full": full_disk(self.error), "passing": words_in(self.error, PASSING)}
+        return {**found, "told": one_line(self.error)}
 
     def write(self, trees: Mapping[str, Any], then: Callable[[], None]) -> None:
         """Copies this process's part to the host; writes it in the background, and does what comes then."""
@@ -86,11 +89,25 @@ class Save:
 
 def full_disk(error: BaseException) -> str | None:
     """The words for a full disk in what was raised, or None where it was something else."""
+    words = words_in(error, FULL)
+    return f"{words} on device" if words == FULL[0] else words
+
+
+def of_the_disk(error: BaseException) -> bool:
+    """Whether it is the operating system that refused, and not a mistake of ours."""
+    return (
+        isinstance(error, OSError)
+        or words_in(error, ("os_error_code", "OS error", *FULL, *PASSING)) is not None
+    )
+
+
+def words_in(error: BaseException, known: Sequence[str]) -> str | None:
+    """Which of some words stand in what was raised, or in what that came from."""
     link: BaseException | None = error
     while link is not None:
-        for words in FULL:
+        for words in known:
             if words.lower() in str(link).lower():
-                return f"{words} on device" if words == FULL[0] else words
+                return words
         link = link.__cause__ or link.__context__
     return None
 

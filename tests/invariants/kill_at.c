@@ -1,11 +1,13 @@
-/* Ends the process, by SIGKILL, at the n-th call by which it changes what is below a folder: writing, syncing, renaming,
+/* Ends the process, by SIGKILL, or has the call fail, at the n-th call by which it changes what is below a folder: writing, syncing, renaming,
  * removing. Of what it was about to write, half is written. Preloaded; asks the environment at each call:
  *
  *   KILL_IN  the folder
  *   KILL_AT  n, from 1; 0 only counts, for kill_at_calls()
+ *   KILL_BY  an error's number, with which the call fails instead
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <signal.h>
@@ -40,7 +42,12 @@ static int now(void) {
   return at && atol(at) == call;
 }
 
-static void end(void) {
+static int end(void) {
+  const char *by = getenv("KILL_BY");
+  if (by) {
+    errno = atoi(by);
+    return -1;
+  }
   kill(getpid(), SIGKILL);
   for (;;) pause();
 }
@@ -50,66 +57,75 @@ __attribute__((visibility("default"))) long kill_at_calls(void) { return atomic_
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
 ssize_t write(int fd, const void *data, size_t size) {
-  if (of_file(fd) && now()) { REAL(write)(fd, data, size / 2); end(); }
+  if (of_file(fd) && now()) {
+    REAL(write)(fd, data, size / 2);
+    return end();
+  }
   return REAL(write)(fd, data, size);
 }
 
 ssize_t pwrite(int fd, const void *data, size_t size, off_t at) {
-  if (of_file(fd) && now()) { REAL(pwrite)(fd, data, size / 2, at); end(); }
+  if (of_file(fd) && now()) {
+    REAL(pwrite)(fd, data, size / 2, at);
+    return end();
+  }
   return REAL(pwrite)(fd, data, size, at);
 }
 
 ssize_t pwrite64(int fd, const void *data, size_t size, off64_t at) {
-  if (of_file(fd) && now()) { REAL(pwrite64)(fd, data, size / 2, at); end(); }
+  if (of_file(fd) && now()) {
+    REAL(pwrite64)(fd, data, size / 2, at);
+    return end();
+  }
   return REAL(pwrite64)(fd, data, size, at);
 }
 
 ssize_t writev(int fd, const struct iovec *parts, int count) {
-  if (of_file(fd) && now()) end();
+  if (of_file(fd) && now()) return end();
   return REAL(writev)(fd, parts, count);
 }
 
 int fsync(int fd) {
-  if (of_file(fd) && now()) end();
+  if (of_file(fd) && now()) return end();
   return REAL(fsync)(fd);
 }
 
 int fdatasync(int fd) {
-  if (of_file(fd) && now()) end();
+  if (of_file(fd) && now()) return end();
   return REAL(fdatasync)(fd);
 }
 
 int ftruncate(int fd, off_t size) {
-  if (of_file(fd) && now()) end();
+  if (of_file(fd) && now()) return end();
   return REAL(ftruncate)(fd, size);
 }
 
 int rename(const char *from, const char *to) {
-  if ((below(from) || below(to)) && now()) end();
+  if ((below(from) || below(to)) && now()) return end();
   return REAL(rename)(from, to);
 }
 
 int renameat(int a, const char *from, int b, const char *to) {
-  if ((below(from) || below(to)) && now()) end();
+  if ((below(from) || below(to)) && now()) return end();
   return REAL(renameat)(a, from, b, to);
 }
 
 int mkdir(const char *path, mode_t mode) {
-  if (below(path) && now()) end();
+  if (below(path) && now()) return end();
   return REAL(mkdir)(path, mode);
 }
 
 int unlink(const char *path) {
-  if (below(path) && now()) end();
+  if (below(path) && now()) return end();
   return REAL(unlink)(path);
 }
 
 int unlinkat(int folder, const char *path, int flags) {
-  if ((below(path) || of_file(folder)) && now()) end();
+  if ((below(path) || of_file(folder)) && now()) return end();
   return REAL(unlinkat)(folder, path, flags);
 }
 
 int rmdir(const char *path) {
-  if (below(path) && now()) end();
+  if (below(path) && now()) return end();
   return REAL(rmdir)(path);
 }

@@ -1,19 +1,24 @@
-"""Saves, each in a fork, that `kill_at.c` ends on the way: a request a line, [folder, n], a status (or a count) back.
+"""Saves, each in a fork, that `kill_at.c` meets on the way: a request a line, [folder, n, error], an answer back.
 
-A fork goes on with the run in the folder and saves one more step. With n = 0 nothing ends it, and the answer is the
-number of calls that could have.
+A fork goes on with the run in the folder and saves one more step. The n-th call that changes the disk fails with an
+error's number, or where that is 0 ends the fork; with n = 0 none does. Where the save fails and the run would go on,
+it is tried again. The answer is a Python object as JSON: `status` of the fork, and of one that ended by itself `calls`,
+how many there were, and `told`: how each save ended, None where it is on the disk.
 """
 
 import ctypes
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dynrec_jax.errors import MachineError
 from dynrec_jax.parallel.rows import lazy_adam
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.state import TrainState
@@ -32,30 +37,50 @@ def state_of(step: int) -> TrainState:
     )
 
 
-def save(folder: str, step: int) -> None:
-    """Saves one step in `folder/checkpoints`, as a run does."""
+def save(folder: str, step: int) -> list[str | None]:
+    """Saves one step in `folder/checkpoints`, as a run does; how each try ended."""
+    told: list[str | None] = []
     checkpoints = Checkpoints(Path(folder) / "checkpoints", KEPT)
-    assert checkpoints.save(state_of(step), step, {"step": step, "standing": {}}, None)
+    for _ in range(2):
+        checkpoints.save(state_of(step), step, {"step": step, "standing": {}}, None)
+        checkpoints.wait()
+        told.extend(full for _, full in checkpoints.poll())
+        if told[-1] is None:
+            break
     checkpoints.close()
+    return told
+
+
+def answered(folder: str, at: int, by: int) -> dict[str, Any]:
+    """In the fork."""
+    os.environ["KILL_IN"], os.environ["KILL_AT"] = folder, str(at)
+    if by:
+        os.environ["KILL_BY"] = str(by)
+    try:
+        told: Any = save(folder, FIRST + 1)
+    except MachineError as error:
+        told = [f"MachineError: {error}"]
+    return {"told": told, "calls": ctypes.CDLL(None).kill_at_calls()}
 
 
 def serve() -> None:
     """Answers until the input ends."""
     for line in sys.stdin:
-        folder, at = json.loads(line)
         answer, tell = os.pipe()
         if pid := os.fork():
             os.close(tell)
             with os.fdopen(answer) as file:
-                count = file.read()
+                said = json.loads(file.read() or "{}")
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            sys.stdout.write(f"{int(count) if count and at == 0 else status}\n")
+            sys.stdout.write(json.dumps({"status": status, **said}) + "\n")
             sys.stdout.flush()
             continue
-        os.environ["KILL_IN"], os.environ["KILL_AT"] = folder, str(at)
-        save(folder, FIRST + 1)
-        os.write(tell, str(ctypes.CDLL(None).kill_at_calls()).encode())
-        os._exit(0)
+        try:
+            os.write(tell, json.dumps(answered(*json.loads(line))).encode())
+            os._exit(0)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
 
 
 if __name__ == "__main__":

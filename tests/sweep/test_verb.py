@@ -16,10 +16,9 @@ from dynrec_jax import workdir as workdirs
 from dynrec_jax.config import difference
 from dynrec_jax.sweep.storage import Storage
 from dynrec_jax.sweep.study import StudyLedger
+from dynrec_jax.train.hooks import CLOCK
 from tests.commands import SHARDS, dynrec, one_line
 from tests.commands import experiment as plain_experiment
-
-CLOCK = ("histories_per_second", "utilisation")
 
 
 @pytest.fixture(scope="module")

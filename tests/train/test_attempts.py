@@ -58,14 +58,14 @@ def test_goodput_is_the_share_of_steps_in_the_time_since_the_first_start(clock: 
             clock.now += 10.0  # an evaluation, say
         steps.ends()
     told = steps.told()
-    assert steps.spent == 36.0
+    assert told.pop("productive_seconds") == steps.spent == 36.0
     assert told == {
         "step_seconds_p50": 2.0,
         "step_seconds_p90": 4.0,
         "step_seconds_p99": 4.0,
         "goodput": 36 / 186,
     }
-    assert steps.told() == {"goodput": 36 / 186}, "no step since"
+    assert steps.told() == {"goodput": 36 / 186, "productive_seconds": 36.0}, "no step since"
 
 
 def test_percentiles_are_those_of_the_nearest_rank():

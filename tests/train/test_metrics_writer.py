@@ -1,5 +1,6 @@
 """Lines of metrics: whole, and rewound where a run goes on."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -35,3 +36,13 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path):
     writer.write(3, {"loss": 0.5})
     writer.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 3]
+
+
+def test_the_last_value_is_that_of_the_lines_that_stay(tmp_path: Path):
+    with contextlib.closing(MetricsWriter(tmp_path, 0)) as writer:
+        assert writer.last("spent") == 0.0
+        for step in range(1, 5):
+            writer.write(step, {"spent": 10.0 * step} if step < 4 else {"loss": 1.0})
+    with contextlib.closing(MetricsWriter(tmp_path, 2)) as writer:
+        assert writer.last("spent") == 20.0
+        assert writer.last("loss") == 0.0

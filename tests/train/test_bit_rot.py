@@ -202,7 +202,7 @@ def test_damage_is_never_restored(healthy: Path, tmp_path: Path, monkeypatch: py
 def test_damage_is_never_restored_in_many_trials(
     healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    trials(healthy, tmp_path, monkeypatch, count=200, seed=1)
+    trials(healthy, tmp_path, monkeypatch, count=1_000, seed=1)
 
 
 def test_a_leaf_that_changed_is_named_with_its_file(

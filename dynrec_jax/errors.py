@@ -2,7 +2,8 @@
 
 A `UserError` ends a command with exit status 2 and its message as one line on standard error: what was
 found, where, what was expected, what to do. A `MachineError` (a full disk, a file that vanished while it was
-read) ends it with exit status 1 and one line as well. So does a `NonFiniteError`.
+read) ends it with exit status 1 and one line as well. So does a `NonFiniteError`. A run that was told to stop, and
+did, ends with `AGAIN`: started again with the same command, it goes on.
 """
 
 import errno
@@ -15,6 +16,8 @@ MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
     *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE),
 }
+
+AGAIN = os.EX_TEMPFAIL  # 75: nothing is wrong, and the same command goes on
 
 
 class UserError(Exception):
@@ -41,22 +44,35 @@ class NonFiniteError(ArithmeticError):
     """A number that must be finite is NaN or infinite; the message is one line and says where."""
 
 
+class Preempted(Exception):
+    """The run was told to stop (SIGTERM), and all that it had done is on the disk; the message is one line."""
+
+    before_a_step = "stopped by SIGTERM before a step was done; the same command starts again, or goes on"
+
+
+def status_of(error: BaseException) -> int | None:
+    """The exit status of a command that ends with this error and one line; None where it is our own fault."""
+    if isinstance(error, UserError):
+        return 2
+    if isinstance(error, Preempted):
+        return AGAIN
+    known = isinstance(error, MachineError | NonFiniteError)
+    return 1 if known or (isinstance(error, OSError) and error.errno in MACHINE) else None
+
+
 def report_errors(work: Callable[[], int | None]) -> int:
     """Runs `work` and turns what the user or the machine got wrong into one line and an exit status."""
     try:
         return work() or 0
-    except UserError as error:
-        return _fail(error, 2)
-    except (MachineError, NonFiniteError) as error:
-        return _fail(error, 1)
     except BrokenPipeError:
         # The reader of our output has gone (`dynrec … | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno not in MACHINE:
+    except Exception as error:
+        status = status_of(error)
+        if status is None:
             raise
-        return _fail(error, 1)
+        return _fail(error, status)
     except KeyboardInterrupt:
         print(
             "dynrec: interrupted; the same command starts again, or goes on from the last checkpoint or part",

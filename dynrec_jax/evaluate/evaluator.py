@@ -1,5 +1,6 @@
 """Evaluation: the whole catalogue ranked for every user that has a target, with its protocol and baselines."""
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -102,6 +103,10 @@ class Evaluator:
         # As many in every process: lists are made by all together.
         short = max(processes.exchange(len(parts))) - len(parts)
         self._parts = parts + [slice(0, 0)] * short
+
+    def before_batch(self, work: Callable[[], None]) -> None:
+        """Has `work` done before each batch of users, in all processes; what it raises ends the measuring."""
+        self.recommender.before_batch = work
 
     def _in_all(self, own: int) -> int:
         """A count of this process's users, added up over the processes."""

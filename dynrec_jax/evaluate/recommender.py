@@ -127,6 +127,8 @@ class Recommender:
         self._items = Items(model.abra.items) if items is None else items
         self._model = model
         self._only = only
+        # Called before each batch, by all processes; what it raises ends the making of lists.
+        self.before_batch: Callable[[], None] = lambda: None
         self.mesh = mesh
         self._filter_seen = filter_seen
         self._processes = processes
@@ -301,6 +303,8 @@ class Recommender:
                 rows = [source.last_items(users_B, ends_B, seen_width(longest))]
             if self._only.offered is not None:
                 rows.append(self._only.offered.to(users_B))
+            self._processes.pulse.beat()
+            self.before_batch()
             with jax.set_mesh(self.mesh):
                 placed = jax.tree.map(functools.partial(place_rows, self.mesh), history)
                 made = batch(placed, *(place_rows(self.mesh, each) for each in rows))

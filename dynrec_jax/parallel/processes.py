@@ -20,12 +20,13 @@ from typing import Any, TypeVar
 
 from dynrec_jax.errors import ConfigError, DataError, MachineError, NonFiniteError, UserError, one_line
 from dynrec_jax.files import temporary_name
+from dynrec_jax.parallel.pulse import Pulse
 
 Result = TypeVar("Result")
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 JOIN_SECONDS = 45.0  # until a process that has not come is given up
-HEARTBEAT_SECONDS = 60  # without a sign of life of a process, JAX ends the others
+HEARTBEAT_SECONDS = 900  # of JAX, which names nobody: the watchdog is quicker
 SHUTDOWN_SECONDS = 30  # that a process which is done waits for the others
 FAULTS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ConfigError, DataError, UserError, MachineError, NonFiniteError)
@@ -38,10 +39,11 @@ class Processes:
     Attributes:
       index: this process's number, from 0.
       count: how many there are.
+      pulse: what this process is doing.
     """
 
     def __init__(self, index: int = 0, count: int = 1, peers: "list[_Line] | None" = None, jax_at: str = ""):
-        self.index, self.count = index, count
+        self.index, self.count, self.pulse = index, count, Pulse()
         self._peers = peers or []  # of process 0: all others in their order; of the others: process 0
         self._jax_at = jax_at
 
@@ -49,6 +51,11 @@ class Processes:
     def first(self) -> bool:
         """Whether this process is the one that writes what a run writes once."""
         return self.index == 0
+
+    @property
+    def host(self) -> str:
+        """The machine of process 0, as the others reach it."""
+        return self._jax_at.rpartition(":")[0].strip("[]")
 
     def exchange(self, value: Any) -> list[Any]:
         """The values (JSON) of all processes, in their order.
@@ -58,6 +65,10 @@ class Processes:
         """
         if self.count == 1:
             return [value]
+        with self.pulse.waiting():
+            return self._exchange(value)
+
+    def _exchange(self, value: Any) -> list[Any]:
         if self.first:
             values = [value, *(peer.receive() for peer in self._peers)]
             for peer in self._peers:
@@ -202,7 +213,7 @@ class _Line:
 
     def __init__(self, connection: socket.socket, who: str):
         self._connection, self.who = connection, who
-        _keep_alive(connection)
+        keep_alive(connection)
         self._file = connection.makefile("rb")
 
     def send(self, value: Any) -> None:
@@ -233,7 +244,7 @@ class _Line:
         return MachineError(f"{self.who} has ended{reason}; its own log says why")
 
 
-def _keep_alive(connection: socket.socket) -> None:
+def keep_alive(connection: socket.socket) -> None:
     """Has the kernel notice within a minute that the other machine is gone; it would take hours by itself."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, seconds in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +47,12 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, keep_last: int = 2, processes: Processes = ALONE, say: Say | None = None
+        self,
+        folder: Path,
+        keep_last: int = 2,
+        processes: Processes = ALONE,
+        say: Say | None = None,
+        may_write: Callable[[], None] = lambda: None,
     ):
         """Opens `folder`, makes it where it is not there, and clears what a killed save left behind.
 
@@ -55,8 +61,10 @@ class Checkpoints:
           keep_last: how many of the latest are kept.
           processes: that train together.
           say: takes a line for the user; standard error where it is None.
+          may_write: raises where process 0 may write here no longer; called before a checkpoint gets its name.
         """
         self._folder, self._keep_last, self._processes = folder, keep_last, processes
+        self._may_write = may_write
         self._say = say or _to_stderr
         self._reader = Reader(folder, processes)
         processes.first_does(self._tidy)
@@ -118,6 +126,24 @@ class Checkpoints:
         save.committing = self._processes.count == 1
         save.write(trees, then=lambda: self._commit(save) if save.committing else None)
         return True
+
+    def amend(self, step: int, progress: dict[str, Any], value: float | None) -> None:
+        """Has a checkpoint that is there say what was measured of it since; its arrays stay as they are.
+
+        Raises:
+          MachineError: the disk is full, or the run goes on elsewhere.
+        """
+        self.wait()
+        known = self._known[step]
+        assert isinstance(known, Manifest)
+        new = replace(known, progress=json.loads(json.dumps(progress)), value=value)
+
+        def write() -> None:
+            self._may_write()
+            manifest.write(self._folder / str(step), new)
+
+        self._processes.first_does(write)
+        self._known[step] = new
 
     def poll(self) -> list[Outcome]:
         """How the saves ended that have ended since the last call. Quick: it is called after every step.
@@ -215,7 +241,7 @@ class Checkpoints:
 
     def _commit(self, save: Save) -> None:
         """In the background, in process 0."""
-        save.commit(self._folder / str(save.manifest.step), TREES)
+        save.commit(self._folder / str(save.manifest.step), TREES, self._may_write)
         for step in self._superseded(save.manifest):
             remove(self._folder / str(step))
 

@@ -6,7 +6,8 @@ is never waited for. A hook returns a reason where the run should stop.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import ml_collections
@@ -14,6 +15,8 @@ import numpy as np
 
 from dynrec_jax.errors import MachineError, NonFiniteError
 from dynrec_jax.evaluate.evaluator import Evaluator
+from dynrec_jax.parallel.pulse import Pulse
+from dynrec_jax.train.attempts import PERCENTS, StepClock
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.flops import Utilisation
 from dynrec_jax.train.metrics_writer import MetricsWriter
@@ -21,7 +24,11 @@ from dynrec_jax.train.progress import Progress
 from dynrec_jax.train.state import TrainState
 
 Metrics = dict[str, Any]
-CLOCK = ("histories_per_second", "utilisation")  # of the log: what differs between runs that are the same
+# Of the log: what differs between runs that are the same.
+CLOCK = (
+    *("histories_per_second", "utilisation", "goodput"),
+    *(f"step_seconds_p{percent}" for percent in PERCENTS),
+)
 # (step, the metric where it was measured) -> why the run should end, if it should
 Watch = Callable[[int, float | None], str | None]
 PAUSES = (2.0, 5.0, 10.0)  # seconds before another try to write the last checkpoint
@@ -33,6 +40,10 @@ class Hook(Protocol):
     def __call__(self, step: int, state: TrainState, metrics: Metrics, last: bool) -> str | None:
         """Returns why the run should stop, or None."""
         ...
+
+
+class Interrupted(Exception):
+    """The run is to stop at once: what is being measured is measured when it goes on."""
 
 
 class NonFiniteLoss(NonFiniteError):
@@ -64,8 +75,10 @@ class LogHook:
         progress: Progress,
         start: int,
         utilisation: Utilisation | None = None,
+        clock: StepClock | None = None,
     ):
-        """`utilisation` is None where the devices' peak is not known."""
+        """`utilisation` is None where the devices' peak is not known, `clock` where nobody asks how long steps take."""
+        self._clock = clock
         self._every = config.logging.every
         self._batch = config.train.batch_size
         self._writer = writer
@@ -105,6 +118,8 @@ class LogHook:
             share = self._utilisation.share(self._targets, self._attended, seconds)
         if share is not None:
             clock["utilisation"] = share
+        if self._clock is not None:
+            clock.update(self._clock.told())
         self._since, self._targets, self._attended = (step, now), 0.0, 0.0
         self._writer.write(step, {**values, **clock})
         self._progress.update(step, values["loss"], rate, share)
@@ -120,7 +135,17 @@ class EvaluateHook:
         writer: MetricsWriter,
         standing: dict[str, Any],
         progress: Progress,
+        pulse: Pulse | None = None,
+        interrupt: Callable[[], bool] = lambda: False,
+        clock: StepClock | None = None,
     ):
+        """`interrupt` is asked between batches of users; where it says so, measuring ends, and is owed."""
+        self._steps = config.train.steps
+        self._pulse, self._clock = pulse or Pulse(), clock
+        self._interrupt = interrupt
+        if evaluator is not None:
+            evaluator.before_batch(self._go_on)
+        self.interrupted = False
         self._every = config.train.evaluate_every
         self._patience = config.train.patience
         self._metric = config.evaluation.metric
@@ -133,11 +158,33 @@ class EvaluateHook:
     def __call__(self, step: int, state: TrainState, metrics: Metrics, last: bool) -> str | None:
         """Sets `value` and `standing`; returns a reason once `patience` evaluations brought nothing better."""
         self.value = None
-        due = last or (self._every and step % self._every == 0)
-        if self._evaluator is None or not due or self.standing.get("evaluated") == step:
+        if not self._due(step, last):
             return None
         check_finite(step, metrics)
-        measured = self._evaluator.metrics(**state.served)
+        return self._measure(step, state)
+
+    def owed(self, step: int, state: TrainState) -> str | None:
+        """Measures what was interrupted where the run stopped, at this step; as a call does."""
+        self.value = None
+        return self._measure(step, state) if self._due(step, step == self._steps) else None
+
+    def _due(self, step: int, last: bool) -> bool:
+        due = last or (self._every > 0 and step % self._every == 0)
+        return self._evaluator is not None and due and self.standing.get("evaluated") != step
+
+    def _go_on(self) -> None:
+        self._pulse.beat()
+        if self._interrupt():
+            raise Interrupted
+
+    def _measure(self, step: int, state: TrainState) -> str | None:
+        assert self._evaluator is not None
+        try:
+            with self._pulse.at("evaluation"), nullcontext() if self._clock is None else self._clock.aside():
+                measured = self._evaluator.metrics(**state.served)
+        except Interrupted:
+            self.interrupted = True
+            return None
         self.value = measured[self._metric]
         self.standing["evaluated"] = step
         better = self.standing.get("best") is None or self.value > self.standing["best"]
@@ -179,7 +226,10 @@ class CheckpointHook:
         checkpoints: Checkpoints,
         evaluation: EvaluateHook,
         log: LogHook,
+        pulse: Pulse | None = None,
+        clock: StepClock | None = None,
     ):
+        self._pulse, self._clock = pulse or Pulse(), clock
         self._every = config.train.checkpoint_every
         self._checkpoints = checkpoints
         self._evaluation = evaluation
@@ -202,18 +252,44 @@ class CheckpointHook:
         again = self._again_at is not None and step >= self._again_at
         if last or best or again or step % self._every == 0:
             check_finite(step, metrics)
-            self._save(step, state, last)
+            with self._busy():
+                self._save(step, state, last)
         if last:
-            self._finish(step, state)
+            with self._busy():
+                self._finish(step, state)
         return None
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        with self._pulse.at("save"), nullcontext() if self._clock is None else self._clock.aside():
+            yield
+
+    def leave(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Has the state of this step on the disk, before the run stops here; raises as a call does."""
+        check_finite(step, metrics)
+        with self._busy():
+            self._save(step, state, last=True)
+            self._finish(step, state)
+
+    @property
+    def owes_metric(self) -> bool:
+        """Whether measuring was interrupted: the run is not through, though all of its steps are."""
+        return self._evaluation.interrupted
+
+    def measured_later(self, step: int) -> None:
+        """Has the checkpoint of a step that was left without its metric say what was measured now."""
+        self._checkpoints.amend(step, self._progress(step), self._evaluation.value)
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        spent = {} if self._clock is None else {"spent": self._clock.spent}
+        return {"step": step, "standing": self._evaluation.standing, **spent}
 
     def _save(self, step: int, state: TrainState, last: bool) -> None:
         """Starts to save; a value is claimed for the step alone at which it was measured."""
         self._again_at = None
         measured, value = self._measured
-        progress = {"step": step, "standing": self._evaluation.standing}
         self._checkpoints.save(
-            state, step, progress, value if measured == step else None, before=self._log.settle
+            state, step, self._progress(step), value if measured == step else None, before=self._log.settle
         )
         self._look(step, last)
 

@@ -18,6 +18,7 @@ from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.data.examples import Splits
 from dynrec_jax.data.neighbours import FILE, count_neighbours, read_neighbours, write_neighbours
 from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
+from dynrec_jax.errors import Preempted
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.models import neighbours
 from dynrec_jax.models.blocks import hidden_width
@@ -37,8 +38,10 @@ from dynrec_jax.parallel.mesh import (
     table_devices,
 )
 from dynrec_jax.parallel.processes import ALONE, Processes
+from dynrec_jax.parallel.pulse import Pulse
 from dynrec_jax.parallel.rules import sharding
 from dynrec_jax.parallel.table import in_rows, rows_for
+from dynrec_jax.train.attempts import Attempt, StepClock, begin, check_current
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.flops import Utilisation, training_cost
 from dynrec_jax.train.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, Metrics, Watch, WatchHook
@@ -57,12 +60,19 @@ from dynrec_jax.train.state import (
 )
 from dynrec_jax.train.step import CompiledStep, Inputs, StepSettings
 from dynrec_jax.train.texts import Read, TextBatches
+from dynrec_jax.train.trace import TraceHook
 from dynrec_jax.train.trackers import Trackers
 
 # Arrays of the table's size, itself included: Adam's moments, numbers of rows, and the average.
 MOST_OF_A_ROW = 5
 
 StepFunction = Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]
+StopHere = Callable[[], bool]
+
+
+def never() -> bool:
+    """No run has to stop."""
+    return False
 
 
 def train(
@@ -72,6 +82,7 @@ def train(
     mesh: Mesh,
     processes: Processes = ALONE,
     watch: Watch | None = None,
+    stop_here: StopHere = never,
 ) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint in `folder/checkpoints` where there is one.
 
@@ -82,6 +93,8 @@ def train(
       mesh: over the devices of all processes.
       processes: that train together.
       watch: is told after each step what was measured, and may end the run; in all processes alike.
+      stop_here: is asked after each step, and between batches of an evaluation, whether the run has to stop there, to
+        be gone on with later; in all processes alike.
 
     Returns:
       How the run stands: `step`, and `best`, `best_step` by the validation metric.
@@ -90,6 +103,7 @@ def train(
       NonFiniteLoss: naming the step.
       DataError: there are checkpoints, and none of them is good.
       MachineError: the disk is full at the end.
+      Preempted: the run has stopped where it was told to, and is on the disk.
     """
     splits = make_splits(histories, config)
     own = feed(mesh, processes.index)
@@ -99,19 +113,31 @@ def train(
     with contextlib.ExitStack() as opened:
         shown = Progress("training", config.train.steps, quiet=not processes.first)
         progress_bar = opened.enter_context(shown)
-        checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last, processes, progress_bar.say)
+        attempts: list[Attempt] = []  # of process 0, once the step is known from which it goes on
+        checkpoints = Checkpoints(
+            folder / "checkpoints",
+            config.train.keep_last,
+            processes,
+            progress_bar.say,
+            lambda: check_current(folder, attempts[0]),
+        )
         opened.enter_context(contextlib.closing(checkpoints))
         _count(config, histories.dataset, folder, processes, progress_bar)
         items = _items(config, histories, folder, processes, progress_bar)
         model = items.model(config)
         made = setup(config, model, mesh, exchange)
         given = _given(config, items, histories, splits, mesh, own)
-        start, standing = 0, {}
-        if (found := checkpoints.resume(made.template)) is None:
+        start, standing, spent = 0, {}, 0.0
+        with processes.pulse.at("restore"):
+            found = checkpoints.resume(made.template)
+        if found is None:
             state = made.fresh(given)
         else:
             state, progress = found
-            start, standing = progress["step"], progress["standing"]
+            start, standing, spent = progress["step"], progress["standing"], progress.get("spent", 0.0)
+        processes.pulse.step = start
+        processes.first_does(lambda: attempts.append(begin(folder, start, processes.count)))
+        clock = StepClock(attempts[0].first if attempts else 0.0, spent)
         progress_bar.goes_on(start)
         writer = (
             MetricsWriter(folder, start, Trackers(config, folder, start, progress_bar.say))
@@ -122,12 +148,20 @@ def train(
         running = training_counts(config, histories, splits, mesh, own)
         _announce(progress_bar, config, histories, source, state, start, processes, own, exchange)
         evaluator = _evaluator(config, histories, splits, model, mesh, processes, items)
-        evaluation = EvaluateHook(config, evaluator, writer, standing, progress_bar)
-        log = LogHook(config, writer, progress_bar, start, utilisation(config, model, state, processes))
+        pulse = processes.pulse
+        evaluation = EvaluateHook(config, evaluator, writer, standing, progress_bar, pulse, stop_here, clock)
+        log = LogHook(
+            config, writer, progress_bar, start, utilisation(config, model, state, processes), clock
+        )
         watching = [] if watch is None else [WatchHook(watch, evaluation)]
+        saving = CheckpointHook(config, checkpoints, evaluation, log, pulse, clock)
         # Told before it is saved: a run that is killed between measures, and tells, again.
-        hooks: list[Hook] = [log, evaluation, *watching, CheckpointHook(config, checkpoints, evaluation, log)]
+        trace = TraceHook(folder, processes.index, progress_bar)
+        opened.enter_context(trace.listening())
+        hooks: list[Hook] = [log, trace, evaluation, *watching, saving]
         step = start
+        if start:
+            _measure_owed(start, state, evaluation, saving)
         if start < config.train.steps and not standing.get("stopped"):
             if items.text is not None:
                 source = _text_batches(config, source, items, own, processes)
@@ -136,10 +170,20 @@ def train(
             features = {**items.place(mesh), **seen, **near}
             stream = _placed_inputs(source, start, config.data.prefetch, mesh, processes, running, features)
             left = range(start, config.train.steps)
-            refresh = _refresh(config, items, mesh, progress_bar)
-            step = run(state, made.step, stream, refresh, hooks, left, progress_bar)
+            refresh = _refresh(config, items, mesh, pulse)
+            pace = Pace(pulse, clock, stop_here, saving)
+            step = run(state, made.step, stream, refresh, hooks, left, progress_bar, pace)
         checkpoints.wait()
     return {"step": step, **standing}
+
+
+def _measure_owed(step: int, state: TrainState, evaluation: EvaluateHook, saving: CheckpointHook) -> None:
+    """Measures the state that a run stopped at, where that was interrupted; raises Preempted where it is again."""
+    evaluation.owed(step, state)
+    if evaluation.interrupted:
+        raise stopped(step)
+    if evaluation.value is not None:
+        saving.measured_later(step)
 
 
 def _items(
@@ -245,14 +289,15 @@ def _placed_inputs(
 
 
 def _refresh(
-    config: ml_collections.ConfigDict, items: Items, mesh: Mesh, progress: Progress
+    config: ml_collections.ConfigDict, items: Items, mesh: Mesh, pulse: Pulse
 ) -> Callable[[int, TrainState], TrainState]:
     """Before a step: the vectors of all texts are made anew where it is their turn, by the step's number alone."""
 
     def refresh(step: int, state: TrainState) -> TrainState:
         if items.text is None or step % config.item.text_refresh:
             return state
-        return state._replace(caches=items.encoded(state.params, mesh, state.caches))
+        with pulse.at("texts"):
+            return state._replace(caches=items.encoded(state.params, mesh, state.caches))
 
     return refresh
 
@@ -335,6 +380,22 @@ def step_settings(
     )
 
 
+class Pace(NamedTuple):
+    """What goes with the steps of a run.
+
+    Attributes:
+      pulse: says what is done.
+      clock: measures how long it takes.
+      stop_here: is asked after each step whether the run stops there.
+      saving: has its state on the disk then.
+    """
+
+    pulse: Pulse
+    clock: StepClock
+    stop_here: StopHere
+    saving: CheckpointHook
+
+
 def run(
     state: TrainState,
     step_fn: StepFunction,
@@ -343,20 +404,42 @@ def run(
     hooks: Sequence[Hook],
     steps: range,
     progress: Progress,
+    pace: Pace,
 ) -> int:
-    """Runs the steps and, `before` and after each, what is to be done; returns how many steps the run has done."""
+    """Runs the steps and, `before` and after each, what is to be done; returns how many steps the run has done.
+
+    Raises:
+      Preempted: it was to stop, and what it had done is on the disk.
+    """
+    pulse, clock = pace.pulse, pace.clock
     for number in steps:
-        state, metrics = step_fn(before(number, state), next(stream))
+        clock.begins()
+        with pulse.at("data"):
+            inputs = next(stream)
         done = number + 1
         last = done == steps.stop
-        reasons = [hook(done, state, metrics, last) for hook in hooks]
+        with pulse.at("step"):
+            state, metrics = step_fn(before(number, state), inputs)
+            reasons = [hook(done, state, metrics, last) for hook in hooks]
+        pulse.step = done
+        clock.ends()
         reason = next((reason for reason in reasons if reason), None)
         if reason and not last:
             progress.say(f"stopped after step {done}: {reason}")
             for hook in hooks:
                 hook(done, state, metrics, True)
             return done
+        if pace.stop_here() and (not last or pace.saving.owes_metric):
+            pace.saving.leave(done, state, metrics)
+            raise stopped(done)
     return steps.stop
+
+
+def stopped(step: int) -> Preempted:
+    """What a run ends with that was told to stop after a step."""
+    return Preempted(
+        f"stopped by SIGTERM; step {step} is on the disk, and the same command goes on from there"
+    )
 
 
 def utilisation(

@@ -66,8 +66,13 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     """Writes the manifest of a folder that is complete but for it; returns it with the files that are there."""
     files = {name: [path.stat().st_size, _sha256(path)] for name, path in _files(folder)}
     whole = replace(manifest, files=files)
-    write_whole(folder / NAME, json.dumps(to_json(whole), indent=1) + "\n")
+    write(folder, whole)
     return whole
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Writes a manifest whole, or not at all; in place of the one that is there."""
+    write_whole(folder / NAME, json.dumps(to_json(manifest), indent=1) + "\n")
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:

@@ -70,11 +70,12 @@ class Save:
 
         self.run(work)
 
-    def commit(self, name: Path, trees: Iterable[str]) -> None:
-        """Has the whole on the disk and gives it its name; for one process, when all have written."""
+    def commit(self, name: Path, trees: Iterable[str], may_write: Callable[[], None]) -> None:
+        """Has the whole on the disk and, if it still may, gives it its name; for one process, when all have written."""
         arrays.merge(self.folder, trees)
         self.manifest = manifest.seal(self.folder, self.manifest)
         sync_tree(self.folder)
+        may_write()
         os.rename(self.folder, name)
         try:
             sync(name.parent)

@@ -1,5 +1,6 @@
 """Trains what an experiment file describes; started again, it goes on from the newest checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,10 @@ from absl import flags
 from dynrec_jax.config import describes_items
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import ALONE, Processes, join
+from dynrec_jax.parallel.watchdog import Watchdog
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.experiment import define_config, read_config
+from dynrec_jax.verbs.watching import define_watchdog
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -28,6 +31,7 @@ def define_flags() -> flags.FlagValues:
     define_config(values)
     flags.DEFINE_string("workdir", None, "run folder, made or gone on with", flag_values=values)
     flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
+    define_watchdog(values)
     return values
 
 
@@ -37,7 +41,8 @@ def run(values: flags.FlagValues) -> None:
         raise ConfigError("--workdir is missing; expected the run folder to make or to go on with")
     processes = join()
     config = processes.agree(lambda: read_config(values))
-    train(config, Path(values.workdir), values.cache_dir, processes)
+    with Watchdog(processes, values.watchdog, stops=True) as watchdog:
+        train(config, Path(values.workdir), values.cache_dir, processes, stop_here=watchdog.stop_here)
 
 
 def train(
@@ -46,6 +51,7 @@ def train(
     cache_dir: str | None = None,
     processes: Processes = ALONE,
     watch: "Watch | None" = None,
+    stop_here: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Checks that config, dataset and run folder fit, then trains; returns how the run stands.
 
@@ -55,6 +61,7 @@ def train(
       cache_dir: memory-mapped copies of the shards, and compiled programs; None for the config's.
       processes: that train together; each has read its own config and sees the same run folder.
       watch: as `train.loop.train` takes it.
+      stop_here: as `train.loop.train` takes it.
     """
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.data.cache import Histories
@@ -99,7 +106,7 @@ def train(
 
         processes.first_does(lambda: keep_text_model(config, dataset, workdir))
     with workdirs.locked(workdir, processes):
-        standing = loop.train(config, histories, workdir, mesh, processes, watch)
+        standing = loop.train(config, histories, workdir, mesh, processes, watch, stop_here)
     if not processes.first:
         return standing
     best = standing.get("best")

@@ -134,7 +134,7 @@ def assert_same_run(workdir: Path, whole: Path, told: str) -> None:
 @pytest.mark.parametrize(
     ("loss", "number"),
     [
-        ("full", 6),
+        ("full", 4),
         pytest.param("full", 100, marks=pytest.mark.slow),
         pytest.param("sampled", 100, marks=pytest.mark.slow),
     ],

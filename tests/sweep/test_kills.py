@@ -144,7 +144,7 @@ def kill_many(crew: Crew, ledger: StudyLedger, kills: int, seed: int) -> tuple[l
 
 
 @pytest.mark.parametrize(
-    "kills", [12, *(pytest.param(number, marks=pytest.mark.slow) for number in (30, 100))]
+    "kills", [6, *(pytest.param(number, marks=pytest.mark.slow) for number in (30, 100))]
 )
 def test_killed_and_stopped_workers_lose_nothing(
     tmp_path: Path, crew: Callable[[str, int, Sweep], Crew], kills: int
@@ -158,6 +158,7 @@ def test_killed_and_stopped_workers_lose_nothing(
     assert sum(row.attempts - 1 for row in rows) >= kills // 3  # most met a worker at work
 
 
+@pytest.mark.slow
 def test_four_workers_on_postgres_of_which_two_are_killed(
     tmp_path: Path, crew: Callable[[str, int, Sweep], Crew], postgres_address: str
 ) -> None:

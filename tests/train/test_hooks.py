@@ -76,6 +76,9 @@ class Scripted:
     def metrics(self, **_: Any) -> dict[str, float]:
         return {"ndcg@10": 0.5}
 
+    def before_batch(self, work: Any) -> None:
+        """It has no batches."""
+
 
 def run(folder: Path, steps: int, evaluator: Any = None, recorder: Any = None, **changes: Any) -> Recorder:
     """`steps` steps of a run without a model, all hooks called as the loop calls them."""

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,14 @@ import numpy as np
 import pytest
 
 from dynrec_jax.data.cache import Histories
+from dynrec_jax.errors import MachineError, Preempted
 from dynrec_jax.models.model import make_bstm
 from dynrec_jax.parallel.mesh import Feed
-from dynrec_jax.train import loop
+from dynrec_jax.train import attempts, loop
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.hooks import CLOCK, NonFiniteLoss
+from dynrec_jax.train.manifest import Manifest
+from dynrec_jax.train.verified import Reader
 
 from .. import tiny
 
@@ -45,14 +50,20 @@ def compiled() -> tuple[Any, Any, Step]:
 def train(histories: Histories, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """`loop.train` in a folder; `step` may wrap the compiled step, changes are to `RUN`."""
 
-    def run(folder: Path, step: Callable[[Step], Step] = lambda step: step, **changes: Any) -> dict[str, Any]:
+    def run(
+        folder: Path,
+        step: Callable[[Step], Step] = lambda step: step,
+        stop_here: Callable[[], bool] = loop.never,
+        **changes: Any,
+    ) -> dict[str, Any]:
         host, template, real = compiled()
 
         def fresh(given: Any) -> Any:
             return jax.tree.map(lambda x, like: jax.device_put(jnp.array(x), like.sharding), host, template)
 
         monkeypatch.setattr(loop, "setup", lambda *_: loop.Setup(template, fresh, step(real)))
-        return loop.train(tiny.config(**{**RUN, **changes}), histories, folder, tiny.mesh(1, 1, 1))
+        config, mesh = tiny.config(**{**RUN, **changes}), tiny.mesh(1, 1, 1)
+        return loop.train(config, histories, folder, mesh, stop_here=stop_here)
 
     return run
 
@@ -68,6 +79,7 @@ def final_state(folder: Path) -> Any:
     _, template, _ = compiled()
     state, progress = checkpoints.restore(template, 12)
     checkpoints.close()
+    assert progress.pop("spent") > 0
     return jax.tree.map(np.asarray, state), progress
 
 
@@ -118,6 +130,77 @@ def test_killed_and_started_again_a_run_is_bit_identical_to_one_that_was_not(tra
     assert (whole / "metrics.jsonl").read_text() == before
 
 
+def values_of(folder: Path) -> dict[int, float | None]:
+    """What the checkpoints say was measured of them."""
+    found = Reader(folder / "checkpoints").scan().items()
+    return {step: manifest.value for step, manifest in found if isinstance(manifest, Manifest)}
+
+
+class AfterAsked:
+    """Has a run stop when it asks for the n-th time, and from then on."""
+
+    def __init__(self, number: int):
+        self.asked, self._number = 0, number
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return self.asked >= self._number
+
+
+def test_stopped_anywhere_and_started_again_a_run_trains_no_step_twice(train, tmp_path: Path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    never = AfterAsked(1_000)
+    standing = train(whole, stop_here=never)
+    assert never.asked > 12, "after each step, and between the batches of an evaluation"
+
+    trained: list[int] = []
+
+    def counted(step: Step) -> Step:
+        def run(*arguments: Any) -> Any:
+            trained.append(1)
+            return step(*arguments)
+
+        return run
+
+    left, told, unmeasured = [], [], False
+    for _ in range(40):
+        try:
+            # The second time that it asks: an evaluation that was interrupted comes through at the next start.
+            assert train(stopped, counted, AfterAsked(2)) == standing
+            break
+        except Preempted as error:
+            left.append(saved(stopped)[-1])
+            told.append(str(error))
+            unmeasured |= left[-1] == 6 and values_of(stopped)[6] is None
+    assert len(trained) == 12
+    assert all(f"step {step} is on the disk" in line for step, line in zip(left, told, strict=True))
+    assert unmeasured, "the evaluation of step 6 was interrupted"
+    assert sorted(map(json.dumps, logged(stopped))) == sorted(map(json.dumps, logged(whole)))
+    assert (stopped / "attempts.jsonl").read_text().count("\n") == len(left) + 1
+    (one, progress), (other, other_progress) = final_state(whole), final_state(stopped)
+    assert progress == other_progress
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+        assert np.array_equal(x, y), path
+    values, others = values_of(whole), values_of(stopped)
+    assert values[6] == others[6] == standing["best"]
+    assert values[12] == others[12]
+
+
+def test_who_was_taken_for_dead_writes_no_checkpoint(train, tmp_path: Path):
+    def elsewhere(step: Step) -> Step:
+        def run(*arguments: Any) -> Any:
+            attempts.begin(tmp_path, 0, 1)
+            return step(*arguments)
+
+        return run
+
+    with pytest.raises(MachineError, match="was started again by process"):
+        train(tmp_path, elsewhere)
+    assert saved(tmp_path) == []
+
+
 class Scripted:
     """An evaluator whose metric is given."""
 
@@ -126,6 +209,9 @@ class Scripted:
 
     def metrics(self, params: Any, tables: Any) -> dict[str, float]:
         return {"ndcg@10": next(self._values)}
+
+    def before_batch(self, work: Any) -> None:
+        """It has no batches."""
 
 
 def test_the_run_stops_when_validation_gets_no_better_and_stays_stopped(
@@ -185,3 +271,21 @@ def test_the_popularity_sampler_gets_the_running_training_counts(histories: Hist
     np.testing.assert_array_equal(np.diff(running_R[:26], prepend=0), counts)
     assert (running_R[26:] == counts.sum()).all()
     assert loop.training_counts(tiny.config(), histories, splits, tiny.mesh(1, 1, 1), Feed()) is None
+
+
+def test_a_signal_has_some_steps_recorded(train, tmp_path: Path):
+    def asking(step: Step) -> Step:
+        calls = iter(range(100))
+
+        def run(*arguments: Any) -> Any:
+            if next(calls) == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return step(*arguments)
+
+        return run
+
+    before = signal.getsignal(signal.SIGUSR1)
+    train(tmp_path, asking, train__evaluate_every=0)
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["step5-process0"]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -6,6 +6,7 @@ our own, with its traceback.
 
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ FETCHED = {
     "explain": ("workdir", "dataset"),
     "export": ("workdir", "dataset"),
 }
+# Flags that name what lies on this machine, or is written there, where the verb is not among those above.
+PLACES = ("workdir", "workdirs", "with", "dataset", "lists", "out", "picture", "cache_dir")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,21 +96,37 @@ def _run(arguments: list[str]) -> int:
     if several() and verb in ALONE:
         raise ConfigError(f"{verb} runs in one process, and this is one of several ({COUNT}); start one")
     values = _parse(verb, module, arguments[1:])
+    _refuse_addresses(verb, values)
     for name in FETCHED.get(verb, ()):
         values[name].value = _here(values[name].value)
     module.run(values)
     return 0
 
 
+def _refuse_addresses(verb: str, values: flags.FlagValues) -> None:
+    """An address would name a folder `gs:` of this machine, and what is written there would be looked for elsewhere."""
+    for name in PLACES:
+        if name in FETCHED.get(verb, ()) or name not in values:
+            continue
+        given = values[name].value
+        for each in given if isinstance(given, list) else [given or ""]:
+            if "://" in each:
+                raise ConfigError(
+                    f"--{name}={each}: dynrec {verb} takes a path of this machine here, and no object store's address; "
+                    "give a path, and copy what lies there from or to the store"
+                )
+
+
 def _here(value: str | list[str] | None) -> str | list[str] | None:
-    """A flag's value with copies in place of what lies in an object store; several paths have commas between."""
+    """A flag's value with copies in place of what lies in an object store; between several there are commas, or +."""
     if isinstance(value, list):
         return [str(_here(each)) for each in value]
     if value is None or "://" not in value:
         return value
     from dynrec_jax.data.remote import fetched
 
-    return ",".join(str(fetched(path)) if "://" in path else path for path in value.split(","))
+    parts = re.split(r"(,|\+(?=\w+://))", value)
+    return "".join(str(fetched(part)) if "://" in part else part for part in parts)
 
 
 def _parse(verb: str, module: ModuleType, arguments: list[str]) -> flags.FlagValues:

@@ -1,6 +1,7 @@
 """Files that are whole or not there: written under a temporary name, synced, renamed."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -67,7 +68,14 @@ def remove_temporary(folder: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file, of text or of bytes, so that it is there whole or not at all."""
+    """Writes a file, of text or of bytes, so that it is there whole or not at all.
+
+    Raises:
+      FileExistsError: a folder or a device is there, which would be replaced.
+      OSError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "what is there is no file", str(path))
     temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:

@@ -288,13 +288,25 @@ def _with_new(run: Run, new: NewItems, processes: Processes, say: Callable[[str]
 
 def _record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        str(record["dataset"]["path"]), str(record["dataset"]["content"])
-        return record
+        record: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        version = record["format"]
+        if not all(isinstance(record["dataset"][key], str) for key in ("path", "content")):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{path}/run.json: missing or damaged; expected a run folder made by `dynrec train`"
         ) from None
+    if version != FORMAT:
+        raise DataError(
+            f"{path}/run.json: has format {version!r}, and this version reads {FORMAT}; use the dynrec-jax that wrote "
+            f"it ({_writer(record)})"
+        )
+    return record
+
+
+def _writer(record: dict[str, Any]) -> str:
+    versions = record.get("versions")
+    return str(versions.get("dynrec-jax", "unknown") if isinstance(versions, dict) else "unknown")
 
 
 def _check_fingerprint(path: Path, dataset: Dataset) -> None:

@@ -153,6 +153,27 @@ def test_a_mistyped_value_is_named(arguments, named, settings, capsys):
     assert named in refused(capsys, *arguments.split())
 
 
+@pytest.mark.parametrize(
+    ("verb", "flag"),
+    [
+        ("prepare", "out"),
+        ("train", "workdir"),
+        ("sweep", "workdir"),
+        ("evaluate", "workdir"),
+        ("evaluate", "lists"),
+        ("score", "out"),
+        ("score", "cache_dir"),
+        ("explain", "picture"),
+        ("export", "out"),
+        ("compare", "out"),
+        ("report", "workdir"),
+    ],
+)
+def test_an_address_of_a_store_is_no_folder_of_this_machine(verb, flag, here, capsys):
+    said = refused(capsys, verb, f"--{flag}=gs://bucket/run")
+    assert f"--{flag}=gs://bucket/run: dynrec {verb} takes a path of this machine here" in said
+
+
 def test_an_unknown_config_key_is_refused_with_what_was_meant(settings, capsys):
     line = refused(capsys, "train", f"--config={settings}", "--workdir=run", "--config.train.stepz=3")
     assert "config.train.stepz" in line

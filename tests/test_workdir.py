@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from dynrec_jax import __version__ as VERSION
 from dynrec_jax import config as configs
 from dynrec_jax import files, workdir
 from dynrec_jax.data.dataset import Dataset
@@ -110,10 +111,16 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path, started: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no config\.json"):
         workdir.open(tmp_path / "empty")
-    for text in ("{", "[]", '{"dataset": {}}', '{"dataset": 3}'):
+    record = json.loads((started / "run.json").read_text())
+    for text in ("{", "[]", '{"dataset": {}}', '{"format": 1, "dataset": 3}'):
         (started / "run.json").write_text(text)
         with pytest.raises(DataError, match=r"run\.json: missing or damaged"):
             workdir.open(started)
+    (started / "run.json").write_text(json.dumps({**record, "format": 2}))
+    with pytest.raises(
+        DataError, match=rf"has format 2, and this version reads 1; .* wrote it \({VERSION}\)"
+    ):
+        workdir.open(started)
 
 
 def test_a_model_is_opened_on_this_machines_devices(started: Path, tmp_path: Path, tiny_dataset: Dataset):

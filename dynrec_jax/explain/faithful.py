@@ -74,7 +74,7 @@ def faithfulness(
       say: is told how many users are done.
 
     Raises:
-      DataError: there are not two such users.
+      DataError: there are not two such users to whom an item can be recommended.
     """
     assert set(methods) <= {AUTO, *METHODS}
     rng = np.random.default_rng(seed)
@@ -92,6 +92,10 @@ def faithfulness(
         if item:  # somebody may have all of them
             lost.append(_lost(explainer, user, item, methods, steps, rng))
         say(done + 1)
+    if len(lost) < 2:
+        raise DataError(
+            f"of {len(drawn):,} users, {len(lost)} have an item that is not in the history; expected two at least"
+        )
     return _summary(np.stack(lost), [LAST, *methods])
 
 

@@ -24,10 +24,10 @@ def table_of(explained: Explanation, top: int) -> Table:
         caption=Text(_caption(explained)),
     )
     table.add_column("event", justify="right")
-    table.add_column("item")
+    table.add_column("item", overflow="fold")  # whole on any terminal: it is what --item takes
     titled, timed, typed = _has(explained.events)
     if titled:
-        table.add_column("title")
+        table.add_column("title", overflow="fold")
     if timed:
         table.add_column("time")
     if typed:

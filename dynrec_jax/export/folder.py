@@ -59,7 +59,8 @@ def check(options: ExportOptions, out: Path) -> None:
     """Whether these are options at all, before a run is opened.
 
     Raises:
-      ConfigError: an unknown or repeated format or platform; an index without the package that makes it.
+      ConfigError: an unknown or repeated format or platform; an index without the package that makes it, or settings of
+        one that is not asked for; `out` is where a disk is mounted.
       DataError: `out` exists and is no empty folder.
     """
     for flag, given, known in (
@@ -78,6 +79,13 @@ def check(options: ExportOptions, out: Path) -> None:
             raise ConfigError(f"--{flag}={','.join(given)}: {found}; expected some of {', '.join(known)}")
     if "faiss" in options.formats:
         index.check_installed()
+    elif (options.factory, options.search) != (ExportOptions.factory, ExportOptions.search):
+        raise ConfigError(
+            f"--faiss={options.factory} --faiss_search={options.search}: are of an index, and "
+            f"--formats={','.join(options.formats)} has none; expected faiss among them"
+        )
+    if out.is_mount():  # it is written beside `out` and renamed
+        raise ConfigError(f"{out}: another disk is mounted there; choose a folder in it for --out")
     if not _is_empty(out):
         refuse_existing(out)
 

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -32,6 +33,12 @@ FORMAT = 1
 MANIFEST, WEIGHTS, ITEMS = "export.json", "weights.safetensors", "item_ids.json"
 DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 MOST_HEADER = 100_000_000  # bytes, as safetensors itself has it
+# What `export.json` must have, besides what it says of files.
+EXPECTED = {
+    **dict.fromkeys(("files", "programs"), dict),
+    **dict.fromkeys(("weights", "platforms", "event_types"), list),
+    **dict.fromkeys(("max_length", "interests", "log_began", "log_ended"), int),
+}
 LATEST = 10**11  # of times in seconds: larger numbers are milliseconds or finer
 FEWEST_SEEN, SEEN_FACTOR = 16, 4  # widths of seen items, so that few programs are compiled
 
@@ -48,14 +55,21 @@ def read_manifest(folder: Path, files: Iterable[str]) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        found, sums = manifest["format"], {name: manifest["files"][name]["sha256"] for name in files}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Fault(
-            f"{folder}: not a folder of `dynrec export`, or without what is asked for ({error!r})"
-        ) from None
+        found = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Fault(f"{folder}: not a folder of `dynrec export` ({error!r})") from None
     if found != FORMAT:
         raise Fault(f"{folder}: has format {found}; this runner reads {FORMAT}, use the run.py beside it")
-    for name, expected in sums.items():
+    for key, kind in EXPECTED.items():
+        if not isinstance(manifest.get(key), kind):
+            raise Fault(f"{folder / MANIFEST}: is damaged ({key} is no {kind.__name__}); copy it again")
+    for name in files:
+        if name not in manifest["files"]:
+            raise Fault(
+                f"{folder}: holds no {name}; --query asks for vectors, of a folder of --formats=faiss, and all else "
+                "for lists, of one of --formats=stablehlo"
+            )
+        expected = manifest["files"][name]["sha256"]
         try:
             with (folder / name).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -97,7 +111,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             arrays[name], end = body[start:stop].view(kind).reshape(shape), stop
         if end != len(body):
             raise ValueError(f"{len(body) - end} bytes behind the last array")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Fault(f"{path}: not readable as safetensors ({error})") from None
     return arrays
 
@@ -156,10 +170,20 @@ class Runner:
         Raises:
           Fault: the folder is damaged, or was exported for other devices.
         """
+        try:
+            self._read_folder(folder, program)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Fault(f"{folder / MANIFEST}: is damaged ({error!r}); copy it again") from None
+        self._items = json.loads((folder / ITEMS).read_text(encoding="utf-8"))
+        self._index = {item: i for i, item in enumerate(self._items, 1)}
+        self._types = {name: i for i, name in enumerate(self.manifest["event_types"], 1)}
+        self.unknown_items = self.empty_users = 0
+
+    def _read_folder(self, folder: Path, program: str) -> None:
         file = f"{program}.stablehlo"
         self.manifest = read_manifest(folder, [file, WEIGHTS, ITEMS])
-        self._about = self.manifest["programs"][program]
-        self._inputs = {entry["name"] for entry in self._about["inputs"]}
+        about = self.manifest["programs"][program]
+        self._inputs = {entry["name"] for entry in about["inputs"]}
         platforms = self.manifest["platforms"]
         here = jax.default_backend()
         if not {"gpu": {"cuda", "rocm"}}.get(here, {here}) & set(platforms):
@@ -174,13 +198,7 @@ class Runner:
         self._weights = jax.device_put(
             {entry["name"]: weights[entry["name"]] for entry in self.manifest["weights"]}
         )
-        self._call = read_program(
-            (folder / file).read_bytes(), self._about, self.manifest["weights"], platforms
-        )
-        self._items = json.loads((folder / ITEMS).read_text(encoding="utf-8"))
-        self._index = {item: i for i, item in enumerate(self._items, 1)}
-        self._types = {name: i for i, name in enumerate(self.manifest["event_types"], 1)}
-        self.unknown_items = self.empty_users = 0
+        self._call = read_program((folder / file).read_bytes(), about, self.manifest["weights"], platforms)
 
     def run(
         self, users: Iterable[dict[str, Any]], batch_size: int = 256, at: int | None = None
@@ -241,9 +259,11 @@ class Runner:
         seconds, asked = [0] * len(ids), 0
         if times is not None and "times" in self._inputs:
             seconds = [self._seconds(time) for time in times]
+            if seconds != sorted(seconds):
+                raise ValueError("times go back; expected the oldest event first")
         if "asked" in self._inputs:
-            given = user.get("at", at)
-            asked = max(self.manifest["log_ended"], *seconds) if given is None else self._seconds(given)
+            given = at if user.get("at") is None else user["at"]
+            asked = max([self.manifest["log_ended"], *seconds]) if given is None else self._seconds(given)
         return {
             "user_id": name,
             "items": [index[place] for place in known],
@@ -312,24 +332,36 @@ def read_users(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             continue
         try:
             user = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Fault(f"line {number}: not JSON ({error}); expected a user a line") from None
         if not isinstance(user, dict):
             raise Fault(f"line {number}: expected an object with user_id and item_ids")
         yield user
 
 
+def _utf8(stream: TextIO) -> TextIO:
+    """The stream in JSON's own encoding, whatever the machine's is."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(encoding="utf-8")
+    return stream
+
+
 @contextlib.contextmanager
 def _writing(out: str) -> Iterator[TextIO]:
     """Standard output, or a file that is there whole or not at all."""
     if not out:
+        _utf8(sys.stdout)
         yield sys.stdout
+        sys.stdout.flush()  # here, where it is told if nobody reads it any more, or the disk is full
         return
-    temporary = Path(out).with_name(f".{Path(out).name}.tmp-{os.getpid()}")
+    place = Path(os.path.realpath(out))  # a link stays one
+    temporary = place.with_name(f".{place.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             yield file
-        temporary.replace(out)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(place)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -349,15 +381,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if values.batch_size < 1:
             raise Fault(f"--batch_size={values.batch_size}: expected a number from 1 on")
-        runner = Runner(values.folder, "query" if values.query else "recommend")
+        # A device would be replaced by a file.
+        if os.path.lexists(values.out) and not os.path.isfile(values.out):
+            raise Fault(f"--out={values.out}: is there and is no file; leave it out for standard output")
         with contextlib.ExitStack() as stack:
-            lines: Iterable[str] = sys.stdin
+            lines: Iterable[str] = _utf8(sys.stdin)
             if values.histories != "-":
                 lines = stack.enter_context(open(values.histories, encoding="utf-8"))
+            runner = Runner(values.folder, "query" if values.query else "recommend")
             file = stack.enter_context(_writing(values.out))
             for made in runner.run(read_users(lines), values.batch_size, values.at):
                 file.write(json.dumps(made, ensure_ascii=False) + "\n")
-    except (Fault, UnicodeDecodeError) as error:
+    except (Fault, UnicodeError) as error:
         print(f"run.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:

@@ -166,8 +166,9 @@ def _lists(
 
 def best(s_BxC: Array, k: int) -> tuple[Array, Array]:
     """`lax.top_k`, on a CPU by all of its cores."""
-    batch, count = s_BxC.shape
-    if batch % PIECES or batch * count < FEWEST:
+    batch: Any = s_BxC.shape[0]  # of an exported program a symbol, which stands for any size
+    count = s_BxC.shape[1]
+    if not isinstance(batch, int) or batch % PIECES or batch * count < FEWEST:
         return jax.lax.top_k(s_BxC, k)
 
     def in_pieces(s_BxC: Array) -> tuple[Array, Array]:

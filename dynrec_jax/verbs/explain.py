@@ -5,6 +5,7 @@ measured instead, over N users, whether the events that explanations name are th
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +69,8 @@ def run(values: flags.FlagValues) -> None:
     if not values.workdir:
         raise ConfigError("--workdir is missing; expected a run folder made by `dynrec train`")
     if values.check:
-        for name in ("user", "item", "picture"):
-            if values[name].value is not None:
+        for name in ("user", "item", "picture", "top"):
+            if values[name].present:
                 raise ConfigError(f"--check: is of many users; leave --{name} out")
         if values.check < 2:
             raise ConfigError("--check=1: an interval needs two users at least")
@@ -127,7 +128,12 @@ def _writable(name: str, given: str | None) -> Path | None:
     if given is None:
         return None
     path = Path(given)
-    if not given or path.is_dir() or not path.absolute().parent.is_dir():
+    if path.is_symlink():  # it stays one
+        path = path.resolve()
+    # What is there and is no file may be a device, which a file would replace.
+    wrong = not given or (os.path.lexists(path) and not path.is_file())
+    folder = path.absolute().parent
+    if wrong or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigError(
             f"--{name}={given}: no file can be written there; give a file in a folder that is there"
         )

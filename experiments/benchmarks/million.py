@@ -58,16 +58,18 @@ def make(folder: Path, users: int, items: int, events: int) -> Path:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-    if not (run / "checkpoints" / "2").exists():
+    checkpoint = run / "checkpoints" / "2"
+    if not checkpoint.exists():
         flags = [f"--config={SASREC}", f"--workdir={run}", f"--config.dataset={dataset}"]
         flags += [f"--config.{key}={value}" for key, value in CONFIG.items()]
-        training = subprocess.Popen(
-            dynrec("train", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while training.poll() is None and not (run / "checkpoints" / "2").exists():
+        with (folder / "train.log").open("w") as log:
+            training = subprocess.Popen(dynrec("train", *flags), stdout=log, stderr=log)
+        while training.poll() is None and not checkpoint.exists():
             time.sleep(0.2)
         training.kill()
         training.wait()
+        if not checkpoint.exists():
+            raise SystemExit(f"dynrec train: {(folder / 'train.log').read_text().strip().splitlines()[-1:]}")
     return run
 
 
@@ -78,7 +80,7 @@ def score(run: Path, out: Path, k: int, after: float | None = None) -> dict[str,
     process = subprocess.Popen(dynrec("score", *flags), stdout=subprocess.DEVNULL)
     if after is not None:
         time.sleep(after)
-        process.send_signal(signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)  # not by Popen, which would take the process's end from wait4
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if after is None and process.returncode:
@@ -118,7 +120,7 @@ def measure(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
         "memory": max(memory),
         "parts when killed": parts,
         "parts": len(list(whole.glob("part-*"))),
-        "identical": digests(whole) == digests(killed),
+        "identical": digests(whole) == digests(killed) and len(digests(whole)) > 2,
         "cores": len(os.sched_getaffinity(0)),
         "date": str(datetime.date.today()),
     }

@@ -1,6 +1,8 @@
 """What is explained is what `score` recommends; who asks for what is not there is told what is."""
 
 import dataclasses
+import itertools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +13,22 @@ import pytest
 
 from dynrec_jax import workdir as workdirs
 from dynrec_jax.data.cache import Histories
+from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.data.titles import titles
 from dynrec_jax.errors import ConfigError, DataError
 from dynrec_jax.explain import Explainer, explain
+from dynrec_jax.explain import explainer as module
 from dynrec_jax.explain.explainer import chosen
 from dynrec_jax.workdir import Run
 
 from ..commands import Made, dynrec, small_run
+from ..export.runs import recommended, untrained
+
+MODELS: dict[str, dict[str, Any]] = {
+    "ensemble": {"item__fusion": "ensemble", "item__attributes": ("a",), "model__normalise": True},
+    "both": {"item__fusion": "both", "item__attributes": ("a",), "model__hops": 2, "model__shrinkage": 2.0},
+    "interests": {"model__interests": 3, "model__scan_layers": True, "model__neighbours": 0.5},
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +94,27 @@ def test_events_are_those_of_the_history_and_add_up(run, explainer):
             assert [event.share for event in explainer.explain(user).events] == shares
 
 
-def test_an_item_of_the_history_is_explained_and_said_to_be_one(run, explainer):
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
+def test_any_model_is_explained_as_it_is_served(
+    name: str, tiny_dataset: Dataset, histories: Histories, cache_dir: Path
+):
+    run = untrained(tiny_dataset, **MODELS[name])
+    served = recommended(run, histories, 3, True)
+    explainer, ids = Explainer(run, cache_dir=str(cache_dir)), run.item_ids.to_pylist()
+    for user, place in itertools.product((5, 14), (0, 2)):
+        name, item = histories.ids_of(np.array([user]))[0], ids[served.ids[user, place] - 1]
+        for method in ("gradients", "deletion"):
+            found = explainer.explain(name, item, method, steps=256)
+            assert found.score == pytest.approx(served.scores[user, place], rel=1e-5, abs=1e-5)
+            assert (found.rank, found.seen) == (place + 1, False)
+            if method == "gradients":
+                assert abs(found.residual) < 2e-3
+        assert explainer.explain(name).item == ids[served.ids[user, 0] - 1]
+
+
+def test_an_item_of_the_history_is_explained_and_said_to_be_one(run, explainer, monkeypatch):
+    # One whose programs are compiled.
+    monkeypatch.setattr(module, "Explainer", lambda *given: explainer if given == (run, "all", "") else None)
     stored = Histories(run.dataset, run.config.data.cache_dir)
     user = stored.ids_of(np.array([0]))[0]
     item = run.dataset.item_ids()[int(stored.item_at(np.array([0]), np.array([0]))[0]) - 1].as_py()

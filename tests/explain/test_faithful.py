@@ -102,3 +102,8 @@ def test_short_histories_alone_cannot_be_measured():
     few.ends_U = np.array([3, 2, 4])
     with pytest.raises(DataError, match="1 users have 4 to 8 events"):
         faithfulness(few, 9, ["deletion"])
+
+
+def test_users_who_have_all_items_cannot_be_measured():
+    with pytest.raises(DataError, match="of 4 users, 1 have an item that is not in the history"):
+        faithfulness(explainer([0, 0, 1, 0, 0]), 9, ["deletion"])

@@ -1,10 +1,12 @@
 """Shares against another route to the score: the model asked about histories that are written out by hand."""
 
+import copy
 import itertools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,8 +29,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gru": {"model__block": "gru", "model__events": True, "model__neighbours": WEIGHT},
     "mean": {"model__block": "mean"},
 }  # fmt: skip
-# The gradient jumps at ReLU's kinks, and where another interest wins: the integral converges as 1 / places there.
-KINKS = {"seed": 2e-3, "hstu": 4e-3}
+# The gradient jumps at ReLU's kinks, and where another interest wins: places that are the same for all models miss by
+# as much as the jump times their distance, 3e-3 of 256 places here, and all others by rounding.
+KINKED = ("seed", "hstu")
 FIRST_EVENTS = Past(  # more than the model reads
     np.array([3, 7, 7, 1, 15, 4, 2, 19, 8, 5], np.int32),
     np.array([0, 60, 90, 4000, 4100, 90_000, 90_060, 400_000, 400_001, 500_000], np.int32),
@@ -130,12 +133,30 @@ def test_deletion_is_what_the_score_loses_and_older_events_move_up(asked: Asked)
 
 
 def test_gradients_add_up_to_the_score(asked: Asked):
-    found = parted(asked.served, past(8), ITEM, "gradients", 256)
+    found = parted(asked.served, past(8), ITEM, "gradients", 128)
     assert len(found.share_N) == 8
     assert np.abs(found.share_N).max() > 5e-3
-    assert found.baseline + found.share_N.sum() == pytest.approx(
-        asked.score(range(2, 10)), abs=KINKS.get(asked.name, 2e-4)
-    )
+    share_N = found.share_N
+    if asked.name in KINKED:
+        share_N = integral(asked.served, 0.0, 1.0) + asked.served.counts(past(8), ITEM)
+        np.testing.assert_allclose(found.share_N, share_N, atol=0.02)
+    assert found.baseline + share_N.sum() == pytest.approx(asked.score(range(2, 10)), abs=1e-5)
+
+
+def integral(served: Served, low: float, high: float, whole_N: np.ndarray | None = None) -> np.ndarray:
+    """float64[n], of the slopes of `past(8)`, by halves where these do not add up to the whole: around a kink."""
+    place_S, weight_S = np.polynomial.legendre.leggauss(8)
+
+    def part(low: float, high: float) -> np.ndarray:
+        slope_SxN, _ = served.slopes(past(8), ITEM, low + (high - low) * (place_S + 1) / 2)
+        return (high - low) * weight_S / 2 @ slope_SxN
+
+    whole_N = part(low, high) if whole_N is None else whole_N
+    middle = (low + high) / 2
+    halves = part(low, middle), part(middle, high)
+    if np.abs(sum(halves) - whole_N).max() < 5e-7 or high - low < 1e-6:
+        return sum(halves)
+    return integral(served, low, middle, halves[0]) + integral(served, middle, high, halves[1])
 
 
 @pytest.mark.parametrize("asked", ["gru"], indirect=True)
@@ -178,12 +199,12 @@ def test_an_item_stands_where_all_scores_say(asked: Asked):
     assert (at.rank > 1).any()
 
 
-def test_what_counts_add_is_parted_as_they_are():
+@pytest.mark.parametrize("asked", ["prenorm"], indirect=True)
+def test_what_counts_add_is_parted_as_they_are(asked: Asked):
     """Vectors of zeros leave nothing but the counts: of 5, the newest, of 8 and 19, the two before it."""
-    asked = ask("prenorm")
-    run = asked.served.run
-    zeros = {name: np.zeros_like(table) for name, table in run.tables.items()}
-    served = Served(SimpleNamespace(**{**vars(run), "tables": zeros}))  # type: ignore[arg-type]
+    served = copy.copy(asked.served)  # with the programs that are compiled
+    zeros = jnp.zeros_like(served._tables.scored)
+    served._tables = served._tables._replace(read=zeros, scored=zeros)
     found = parted(served, past(8), ITEM, "gradients", 4)
     count = {5: float(asked.near.weights[5, 2]), 8: LESS * float(asked.near.weights[8, 2])}
     total = sum(count.values())

@@ -95,6 +95,14 @@ def test_words_of_the_data_are_no_markup():
         assert part in text
 
 
+def test_ids_are_whole_on_a_narrow_terminal():
+    event = Event(1, 70 * "#", 70 * "@", None, None, 1.0, 100.0)
+    console = Console(file=io.StringIO(), width=60, force_terminal=False)
+    console.print(table_of(evil(events=(event,)), 2))
+    text = console.file.getvalue()
+    assert [text.count(letter) for letter in "#@…"] == [70, 70, 0]
+
+
 def test_words_of_the_data_are_no_formula():
     words = []
 
@@ -123,6 +131,8 @@ def test_letters_without_a_shape_are_no_warning():
         ({"user": "u1", "out": "a", "picture": "a"}, "--picture=a: is --out too"),
         ({"check": 5, "user": "u1"}, "--check: is of many users; leave --user out"),
         ({"check": 1}, "--check=1"),
+        ({"check": 5, "top": 3}, "--check: is of many users; leave --top out"),
+        ({"user": "u1", "out": "/dev/null"}, "--out=/dev/null: no file can be written there"),
         ({"user": "u1", "step": "first"}, "--step=first"),
         ({}, "--user is missing"),
     ],

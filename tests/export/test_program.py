@@ -10,7 +10,7 @@ from dynrec_jax.data.cache import Histories
 from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.evaluate.recommender import NonFiniteScores
 from dynrec_jax.export.program import USERS, VECTORS, Served
-from dynrec_jax.export.runner import Runner
+from dynrec_jax.export.runner import Fault, Runner
 from dynrec_jax.models import item_encoder
 from dynrec_jax.parallel import blocks, stream, table, topk
 from dynrec_jax.parallel.table import rows_for, rows_of
@@ -86,6 +86,11 @@ def test_times_types_and_the_moment_of_the_request_are_inputs(
     assert changed(later)
     asked = answers(runner, [{**user, "at": 1_600_900_000} for user in users], at=1_600_000_000)
     assert asked == later, "a user's own moment goes before that of all"
+    assert answers(runner, [{**user, "at": None} for user in users], at=1_600_900_000) == later
+    assert answers(runner, [{"user_id": "nobody", "item_ids": [], "times": [], "events": []}]) == []
+    assert runner.empty_users == 1
+    with pytest.raises(Fault, match="user number 1: times go back; expected the oldest event first"):
+        answers(runner, [{**users[0], "times": users[0]["times"][::-1]}])
     untold = answers(runner, [{**user, "events": ["unheard of"] * len(user["events"])} for user in users])
     assert untold == answers(runner, [{**user, "events": None} for user in users])
     assert changed(untold)

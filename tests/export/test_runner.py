@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -140,6 +141,8 @@ def test_items_of_before_the_window_are_left_out_too(folder: Path):
             "expected a list times as long as item_ids",
         ),
         ('{"user_id": "a", "item_ids": ["i01"], "events": [[]]}', "user number 1: unhashable type"),
+        ("[" * 200_000, "line 1: not JSON"),
+        ('{"user_id": "\\ud800", "item_ids": ["i01"]}', "surrogates not allowed"),
     ],
 )
 def test_a_line_that_is_no_user_is_refused_and_nothing_is_written(
@@ -154,8 +157,35 @@ def test_a_line_that_is_no_user_is_refused_and_nothing_is_written(
 def test_a_file_that_is_not_there_and_flags_that_cannot_be_are_refused(folder: Path, tmp_path: Path, capsys):
     assert "No such file" in said(folder, capsys, f"--histories={tmp_path / 'none'}")
     assert "--batch_size=0" in said(folder, capsys, "--batch_size=0")
-    assert "without what is asked for (KeyError('query.stablehlo'))" in said(folder, capsys, "--query")
+    assert "holds no query.stablehlo; --query asks for vectors, of a" in said(folder, capsys, "--query")
     assert "not a folder of `dynrec export`" in said(tmp_path, capsys)
+
+
+def test_a_folder_or_a_device_is_not_replaced_and_a_link_stays_one(folder: Path, tmp_path: Path, capsys):
+    os.mkfifo(tmp_path / "device")
+    for name in (".", "device"):
+        told = f"--out={tmp_path / name}: is there and is no file; leave it out for standard output"
+        assert told in said(folder, capsys, f"--out={tmp_path / name}")
+    assert (tmp_path / "device").is_fifo()
+    (tmp_path / "link").symlink_to("lists.jsonl")
+    (tmp_path / "lists.jsonl").write_text("old")
+    users = write(tmp_path / "users.jsonl", [{"user_id": "a", "item_ids": ["i03"]}])
+    assert runner.main([f"--folder={folder}", f"--histories={users}", f"--out={tmp_path / 'link'}"]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert read(tmp_path / "lists.jsonl")[0]["user_id"] == "a"
+
+
+def test_a_reader_who_has_gone_is_no_fault_and_json_is_utf8(folder: Path, tmp_path: Path, monkeypatch):
+    users = write(tmp_path / "users.jsonl", [{"user_id": "用户", "item_ids": ["i03"]}])
+    reader, writer = os.pipe()
+    for gone in (False, True):
+        if gone:
+            os.close(reader)
+        with open(writer, "w", encoding="ascii", closefd=gone) as out:
+            monkeypatch.setattr(sys, "stdout", out)
+            assert runner.main([f"--folder={folder}", f"--histories={users}"]) == 0
+        if not gone:
+            assert json.loads(os.read(reader, 65_536).decode("utf-8"))["user_id"] == "用户"
 
 
 @pytest.mark.parametrize("name", ["recommend.stablehlo", "weights.safetensors", "item_ids.json"])
@@ -193,6 +223,11 @@ def told_of(folder: Path, tmp_path: Path, capsys: Any, change: Callable[[Any], N
             lambda manifest: manifest["weights"][-1].update(shape=[1, 8]),
             "vectors is missing, or not float32[1, 8]",
         ),
+        (lambda manifest: manifest.pop("max_length"), "export.json: is damaged (max_length is no int)"),
+        (lambda manifest: manifest.update(files=[]), "export.json: is damaged (files is no dict)"),
+        (lambda manifest: manifest["files"].update({"item_ids.json": {}}), "is damaged (KeyError('sha256'))"),
+        (lambda manifest: manifest["weights"][0].pop("name"), "is damaged (KeyError('name'))"),
+        (lambda manifest: manifest["programs"].clear(), "is damaged (KeyError('recommend'))"),
     ],
 )
 def test_what_this_jax_or_runner_cannot_read_is_refused(

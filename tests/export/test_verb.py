@@ -94,6 +94,11 @@ def check_manifest(folder: Path, manifest: dict[str, Any], run: workdirs.Run) ->
         ({"platforms": "cpu,cpu"}, "--platforms=cpu,cpu: repeats a name"),
         ({"k": 33}, "--k=33: the catalogue has 32 items; give a number from 1 to 32"),
         ({"k": 0}, "k"),
+        (
+            {"faiss": "IVF4,Flat"},
+            "--faiss=IVF4,Flat --faiss_search=: are of an index, and --formats=stablehlo",
+        ),
+        ({"faiss_search": "nprobe=2"}, "--faiss_search=nprobe=2: are of an index"),
         ({"step": "first"}, "--step=first: expected best, last or a step's number"),
         ({"step": 5}, "no checkpoint"),
         ({"workdir": "nowhere"}, "nowhere: no such folder; expected a run folder made by `dynrec train`"),
@@ -119,3 +124,12 @@ def test_what_is_there_is_left_as_it_is(made: Made, tmp_path: Path, capsys):
         assert dynrec("export", workdir=made.workdir, out=tmp_path / name) == 2
         assert "exists already and is left as it is" in one_line(capsys)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine.txt", "out"]
+
+
+def test_where_a_disk_is_mounted_nothing_can_be_renamed_to(made: Made, tmp_path: Path, capsys, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    capsys.readouterr()
+    assert dynrec("export", workdir=made.workdir, out=tmp_path / "disk") == 2
+    assert "another disk is mounted there; choose a folder in it for --out" in one_line(capsys)
+    assert list(tmp_path.iterdir()) == [tmp_path / "disk"]

@@ -41,6 +41,28 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def store_of(address: str) -> tuple[Any, str]:
+    """The file system (fsspec's) of an address, and the path there.
+
+    Raises:
+      DataError: a store that is not known, or no path of one.
+      MachineError: it cannot be reached, or its package is not installed.
+    """
+    told = without_secrets(address)
+    store, _, place = address.partition("://")
+    if store not in STORES:
+        raise DataError(f"{told}: {store} is no store that is read here; expected one of {', '.join(STORES)}")
+    if "::" in place or {".", ".."} & set(place.split("/")):
+        raise DataError(f"{told}: expected {store}://BUCKET/PATH, without :: and ..")
+    import fsspec
+
+    try:
+        files, root = fsspec.core.url_to_fs(address)
+    except Exception as error:  # each store has its own kinds
+        raise MachineError(f"{told}: {reason(error)}") from None
+    return files, str(root)
+
+
 def fetched(address: str, cache_dir: str | Path = "") -> Path:
     """A copy of a folder or a file on this machine's disk; a path of this machine as it is.
 
@@ -57,18 +79,8 @@ def fetched(address: str, cache_dir: str | Path = "") -> Path:
     """
     if not is_remote(address):
         return Path(address)
-    told = _without_secrets(address)
-    store, _, place = address.partition("://")
-    if store not in STORES:
-        raise DataError(f"{told}: {store} is no store that is read here; expected one of {', '.join(STORES)}")
-    if "::" in place or {".", ".."} & set(place.split("/")):
-        raise DataError(f"{told}: expected {store}://BUCKET/PATH, without :: and ..")
-    import fsspec
-
-    try:
-        files, root = fsspec.core.url_to_fs(address)
-    except Exception as error:  # each store has its own kinds
-        raise MachineError(f"{told}: {_reason(error)}") from None
+    told = without_secrets(address)
+    files, root = store_of(address)
     base = root.rstrip("/")
     digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
     folder = Path(cache_dir or default_cache_dir()) / "fetched" / digest
@@ -90,7 +102,7 @@ def _listed(told: str, files: Any, base: str) -> Listed:
     except FileNotFoundError:
         found = {}
     except Exception as error:
-        raise MachineError(f"{told}: cannot be read ({_reason(error)})") from None
+        raise MachineError(f"{told}: cannot be read ({reason(error)})") from None
     if not found:
         raise DataError(f"{told}: nothing is there")
     listed: Listed = {}
@@ -165,7 +177,7 @@ def _fetch(told: str, files: Any, whole: str, info: dict[str, Any], place: Path)
             files.get_file(whole, str(temporary))
         except Exception as error:
             raise MachineError(
-                f"{told}: {whole} cannot be copied ({_reason(error)}); the same command goes on with what is missing"
+                f"{told}: {whole} cannot be copied ({reason(error)}); the same command goes on with what is missing"
             ) from None
         came, size = temporary.stat().st_size, info.get("size")
         if size is not None and came != size:
@@ -195,9 +207,11 @@ def _stamp(info: dict[str, Any]) -> str | None:
     return " ".join([str(info.get("size")), *found]) if found else None
 
 
-def _reason(error: Exception) -> str:
-    return _without_secrets(f"{type(error).__name__}: {one_line(error)}")
+def reason(error: Exception) -> str:
+    """What a store's error says, without passwords."""
+    return without_secrets(f"{type(error).__name__}: {one_line(error)}")
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
+    """A text without the passwords and signatures of addresses in it."""
     return SECRET.sub("…", text)

@@ -229,8 +229,10 @@ class CheckpointHook:
         log: LogHook,
         pulse: Pulse | None = None,
         clock: StepClock | None = None,
+        saved: Callable[[], None] = lambda: None,
     ):
-        self._pulse, self._clock = pulse or Pulse(), clock
+        """`saved` is called when a checkpoint is on the disk."""
+        self._pulse, self._clock, self._saved = pulse or Pulse(), clock, saved
         self._every = config.train.checkpoint_every
         self._checkpoints = checkpoints
         self._evaluation = evaluation
@@ -325,6 +327,8 @@ class CheckpointHook:
                     f"{'there is none yet' if kept is None else f'the one of step {kept} is kept'}"
                     f"{'' if last else f'; trying again at step {self._again_at}'}"
                 )
-            elif self._owed:
+                continue
+            self._saved()
+            if self._owed:
                 self._owed, self._again_at = False, None
                 self._checkpoints.say(f"step {saved}: saved; checkpoints can be written again")

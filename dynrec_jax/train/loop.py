@@ -83,6 +83,7 @@ def train(
     processes: Processes = ALONE,
     watch: Watch | None = None,
     stop_here: StopHere = never,
+    saved: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint in `folder/checkpoints` where there is one.
 
@@ -95,6 +96,7 @@ def train(
       watch: is told after each step what was measured, and may end the run; in all processes alike.
       stop_here: is asked after each step, and between batches of an evaluation, whether the run has to stop there, to
         be gone on with later; in all processes alike.
+      saved: is called when a checkpoint is on the disk.
 
     Returns:
       How the run stands: `step`, and `best`, `best_step` by the validation metric.
@@ -154,7 +156,7 @@ def train(
             config, writer, progress_bar, start, utilisation(config, model, state, processes), clock
         )
         watching = [] if watch is None else [WatchHook(watch, evaluation)]
-        saving = CheckpointHook(config, checkpoints, evaluation, log, pulse, clock)
+        saving = CheckpointHook(config, checkpoints, evaluation, log, pulse, clock, saved)
         # Told before it is saved: a run that is killed between measures, and tells, again.
         trace = TraceHook(folder, processes.index, progress_bar)
         opened.enter_context(trace.listening())

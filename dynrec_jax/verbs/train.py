@@ -1,5 +1,6 @@
 """Trains what an experiment file describes; started again, it goes on from the newest checkpoint."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,13 @@ def define_flags() -> flags.FlagValues:
     define_config(values)
     flags.DEFINE_string("workdir", None, "run folder, made or gone on with", flag_values=values)
     flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
+    flags.DEFINE_string(
+        "copy_to",
+        "",
+        "where in an object store a copy of the run folder is kept, as gs://bucket/runs/shop; a machine without the "
+        "run folder begins with it",
+        flag_values=values,
+    )
     define_watchdog(values)
     return values
 
@@ -39,10 +47,21 @@ def run(values: flags.FlagValues) -> None:
     """Trains; prints where the run stands."""
     if not values.workdir:
         raise ConfigError("--workdir is missing; expected the run folder to make or to go on with")
+    if values.copy_to:
+        from dynrec_jax.train.copies import check_address
+
+        check_address(values.copy_to)
     processes = join()
     config = processes.agree(lambda: read_config(values))
     with Watchdog(processes, values.watchdog, stops=True) as watchdog:
-        train(config, Path(values.workdir), values.cache_dir, processes, stop_here=watchdog.stop_here)
+        train(
+            config,
+            Path(values.workdir),
+            values.cache_dir,
+            processes,
+            stop_here=watchdog.stop_here,
+            copy_to=values.copy_to,
+        )
 
 
 def train(
@@ -52,6 +71,7 @@ def train(
     processes: Processes = ALONE,
     watch: "Watch | None" = None,
     stop_here: Callable[[], bool] = lambda: False,
+    copy_to: str = "",
 ) -> dict[str, Any]:
     """Checks that config, dataset and run folder fit, then trains; returns how the run stands.
 
@@ -62,6 +82,7 @@ def train(
       processes: that train together; each has read its own config and sees the same run folder.
       watch: as `train.loop.train` takes it.
       stop_here: as `train.loop.train` takes it.
+      copy_to: where in an object store a copy of the run folder is kept, and begun with; nowhere if empty.
     """
     from dynrec_jax import workdir as workdirs
     from dynrec_jax.data.cache import Histories
@@ -69,8 +90,10 @@ def train(
     from dynrec_jax.data.pipeline import check_trains, make_splits, trains
     from dynrec_jax.parallel.mesh import check_model, feed, make_mesh
     from dynrec_jax.parallel.table import rows_for
-    from dynrec_jax.train import loop
+    from dynrec_jax.train import copies, loop
 
+    if copy_to:
+        processes.first_does(lambda: copies.begin_from(copy_to, workdir, cache_dir or config.data.cache_dir))
     dataset = processes.agree(lambda: checked_dataset(config, workdir))
     processes.check_same(
         _must_be_same(config, dataset), "start all with the same config, dataset and packages"
@@ -105,8 +128,13 @@ def train(
         from dynrec_jax.models.towers.text import keep_text_model
 
         processes.first_does(lambda: keep_text_model(config, dataset, workdir))
-    with workdirs.locked(workdir, processes):
-        standing = loop.train(config, histories, workdir, mesh, processes, watch, stop_here)
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(workdirs.locked(workdir, processes))
+        kept = (
+            copies.kept(workdir, copy_to) if copy_to and processes.first else contextlib.nullcontext(_nothing)
+        )
+        saved = opened.enter_context(kept)
+        standing = loop.train(config, histories, workdir, mesh, processes, watch, stop_here, saved)
     if not processes.first:
         return standing
     best = standing.get("best")
@@ -114,6 +142,10 @@ def train(
     told = "" if best is None else f", best validation {metric} {best:.4f} at step {standing['best_step']}"
     print(f"trained to step {standing['step']}{told}; next: dynrec evaluate --workdir={workdir} --split=test")
     return standing
+
+
+def _nothing() -> None:
+    """Nobody wants to know of a checkpoint."""
 
 
 def checked_dataset(config: ml_collections.ConfigDict, workdir: Path) -> "Dataset":

@@ -71,8 +71,11 @@ def layer_faults(module: str, source: str) -> list[str]:
     return faults
 
 
+CALLS = {"eval", "exec", "compile", "__import__", "input"}
+
+
 def code_faults(module: str, source: str) -> list[str]:
-    """Imports of modules that rebuild objects from bytes, and calls that execute text."""
+    """Imports of modules that rebuild objects from bytes, and calls that execute text, or wait for somebody to type."""
     faults = [
         f"{module}:{line} imports {name}"
         for line, name in imported(module, source)
@@ -81,7 +84,7 @@ def code_faults(module: str, source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
-        if isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec", "compile", "__import__"}:
+        if isinstance(node.func, ast.Name) and node.func.id in CALLS:
             faults.append(f"{module}:{node.lineno} calls {node.func.id}")
         for keyword in node.keywords:
             is_false = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
@@ -157,6 +160,7 @@ def test_an_import_with_the_stream_is_left_alone(module, source):
         "def f():\n    from dill import loads",
         "eval('1')",
         "exec(text)",
+        "input('continue?')",
         "np.load(path, allow_pickle=True)",
         "np.load(path, allow_pickle=flag)",
     ],

@@ -173,6 +173,8 @@ class Watchdog:
                 standing.look(Seen(*value), self._clock)
             elif name == "done":
                 standing.done = True
+                if self._counts is not None:
+                    self._settle_if_all()
                 if value is not None:
                     status, phase, step, text = value
                     self._found(
@@ -282,15 +284,17 @@ class Watchdog:
 
     def _settle_if_all(self) -> None:
         assert self._counts is not None
-        if len(self._counts) == self._processes.count:
-            # 0: nobody has done anything yet that is not on the disk.
-            most = max(self._counts.values())
-            at = 0 if most == 0 else most + 1
-            for line in self._lines.values():
-                line.send({"stop_at": at})
-            self._stop_at(at)
+        done = [index for index, each in self._standing.items() if each.done]
+        if len(self._counts.keys() | done) < self._processes.count:
+            return
+        # 0: nobody has done anything yet that is not on the disk. Where one is done, the others soon are.
+        most = max(self._counts.values())
+        at = math.inf if done else most + 1 if most else 0
+        for line in self._lines.values():
+            line.send({"stop_at": at})
+        self._stop_at(at)
 
-    def _stop_at(self, point: int) -> None:
+    def _stop_at(self, point: float) -> None:
         if point == 0:
             sys.stderr.write(f"dynrec: {Preempted.before_a_step}\n")
             sys.stderr.flush()
@@ -339,20 +343,20 @@ class _Gate:
         self._lock = threading.Lock()
         self._held = False
         self.count = 0
-        self._at: int | None = None
+        self._at = math.inf
 
     def passes(self) -> bool:
         """Counts a point; whether the run stops there."""
         with self._lock:
             self.count += 1
-            return self._at is not None and self.count >= self._at
+            return self.count >= self._at
 
     def hold(self) -> None:
         if not self._held:
             self._lock.acquire()
             self._held = True
 
-    def stop_at(self, point: int) -> None:
+    def stop_at(self, point: float) -> None:
         self._at = point
         self.release()
 

@@ -272,3 +272,16 @@ def test_before_the_first_step_a_run_stops_at_once(count: int):
 def test_those_who_are_done_are_waited_for_by_nobody():
     ended = run("time.sleep(2.5 * index)", seconds=1.0)
     assert [(status, err) for status, _, err in ended] == [(0, "")] * 2
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_told_to_stop_when_one_is_through_all_come_to_their_end(done: int):
+    body = f"""
+    if index != {done}:
+        time.sleep(1.0)
+        print(dog.stop_here())
+    """
+    started = Started(body, 2, seconds=0.0)
+    started.processes[done].wait(10)
+    started.processes[1 - done].send_signal(signal.SIGTERM)
+    assert started.end(1 - done)[:2] == (0, "False\n")

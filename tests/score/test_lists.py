@@ -26,7 +26,7 @@ from ..commands import Made, a_shard_each, digest, dynrec, one_line, small_run
 from .test_parity import of_dataset
 
 K = 12
-NUMBERS = {"step": 1, "k": 20_000, "filter_seen": False, "split": "all"}
+MANY = 100_000
 
 
 @pytest.fixture(scope="module")
@@ -269,22 +269,17 @@ def test_what_the_lists_say_themselves_is_not_asked(flags, told, made: Made, out
     assert told in one_line(capsys)
 
 
-def test_ids_that_look_like_dates_and_long_lines_are_read_from_json_lines(tmp_path: Path):
-    """A line is longer than the blocks that Arrow reads by default."""
-    items = [f"2026-01-{1 + i % 28:02d} {i:060d}" for i in range(20_000)]
-    items[0] = "2026-01-31"
-    table = of_lists(
-        "user_id",
-        pa.array(["2026-01-31", "true"]),
-        Lists(np.array([np.arange(20_000) + 1, np.zeros(20_000)], np.int64), np.ones((2, 20_000))),
-        pa.array(items),
-    )
-    parts = Parts(
-        tmp_path / "out", dict.fromkeys(lists.NEEDED, "x") | {"file_format": "jsonl", **NUMBERS}, 1, "jsonl"
-    )
+def test_ids_that_look_like_times_and_long_lines_are_read_from_json_lines(tmp_path: Path):
+    """A line is longer than two of the blocks that Arrow reads by default."""
+    items = [str(time) for time in pd.date_range("2026-01-01", periods=MANY, freq="s")]
+    ids = np.stack([np.arange(MANY) + 1, np.zeros(MANY, int)])
+    made = Lists(ids, np.ones(ids.shape))
+    table = of_lists("user_id", pa.array(["2026-01-31", "2026-02-01"]), made, pa.array(items))
+    about = dict.fromkeys(lists.NEEDED, "x") | {"step": 1, "k": MANY, "filter_seen": False, "split": "all"}
+    parts = Parts(tmp_path / "out", {**about, "file_format": "jsonl"}, 1, "jsonl")
     parts.write(0, table)
     ((users, found),) = batches(open_written(tmp_path / "out"))
-    assert users.to_pylist() == ["2026-01-31", "true"]
+    assert users.to_pylist() == ["2026-01-31", "2026-02-01"]
     assert found.to_pylist() == [items, []]
 
 

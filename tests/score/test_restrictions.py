@@ -113,8 +113,8 @@ def test_a_rule_that_keeps_other_items_now_is_another_job(shop: Made, tmp_path: 
     flags = {"k": 1, "where": "item_id = '007' or random() < 0.5"}
     frame(shop, tmp_path / "out", **flags)
     capsys.readouterr()
-    status = {dynrec("score", workdir=shop.workdir, out=tmp_path / "out", **flags) for _ in range(3)}
-    assert 2 in status
+    # It may keep the same ones once or twice.
+    assert any(dynrec("score", workdir=shop.workdir, out=tmp_path / "out", **flags) == 2 for _ in range(5))
     assert "holds the output of another job (allowed: " in capsys.readouterr().err
 
 

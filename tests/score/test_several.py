@@ -99,6 +99,7 @@ def test_lists_are_by_the_mean_of_all_scores_and_metrics_are_those_of_the_lists(
     assert result["ndcg@10"] == pytest.approx((1 / np.log2(np.array(ranks) + 1)).mean(), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_compressed_runs_recommend_together(runs: tuple[Made, Made], tmp_path: Path):
     """By tables that offer all items, lists are those of the runs as they are; by encoders, those of such encoders."""
     a, b = runs

@@ -87,5 +87,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _fail(error: BaseException, status: int) -> int:
-    print(f"dynrec: {one_line(error)}", file=sys.stderr)
+    # What comes from files, such as names of columns, must not command the terminal.
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in one_line(error))
+    print(f"dynrec: {text}", file=sys.stderr)
     return status

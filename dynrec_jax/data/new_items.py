@@ -25,12 +25,14 @@ class NewItems(NamedTuple):
       known: how many items of the file are the dataset's, and were left out.
       repeated: rows whose item a row before them has.
       bare: new items of which the file holds nothing that the model reads.
+      path: of the file.
     """
 
     table: pa.Table
     known: int
     repeated: int
     bare: int
+    path: Path | None = None
 
 
 def read_new_items(path: Path, dataset: Dataset, needed: set[str], graph: bool = False) -> NewItems:
@@ -91,7 +93,7 @@ def read_new_items(path: Path, dataset: Dataset, needed: set[str], graph: bool =
             f"{path}: none of its {bare:,} new items has anything in {', '.join(columns)}; expected what "
             "describes them"
         )
-    return NewItems(made, table.num_rows - fresh.num_rows, rows - table.num_rows, bare)
+    return NewItems(made, table.num_rows - fresh.num_rows, rows - table.num_rows, bare, path)
 
 
 def _kind(kind: pa.DataType) -> str:

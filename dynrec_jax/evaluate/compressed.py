@@ -12,20 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from dynrec_jax.batch import History
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.evaluate.exact import ExactRows
-from dynrec_jax.evaluate.only import EVERYTHING, Only
 from dynrec_jax.evaluate.recommender import ListMaker, Made, NonFiniteScores, Recommender
 from dynrec_jax.models.compressed import compressed_encoder, pruned, restored
-from dynrec_jax.models.features import Items
-from dynrec_jax.models.model import Model
 from dynrec_jax.models.neighbours import Near, Raised, last_items
 from dynrec_jax.parallel.compressed import KINDS, Compressed, compressed
 from dynrec_jax.parallel.mesh import own_rows, place_rows
-from dynrec_jax.parallel.processes import ALONE, Processes
+from dynrec_jax.parallel.processes import Processes
 from dynrec_jax.parallel.rules import constrain
 
 OFFERED = 2  # candidates for each place of a list
@@ -83,29 +79,22 @@ class CompressedRecommender(Recommender):
 
     def __init__(
         self,
-        model: Model,
-        mesh: Mesh,
-        batch_size: int,
-        k: int,
-        filter_seen: bool,
-        processes: Processes = ALONE,
-        items: Items | None = None,
-        only: Only = EVERYTHING,
-        *,
+        *settings: Any,
         compression: Compression,
         folder: Path,
         offered: int | None = None,
+        **more: Any,
     ):
         """`folder` is for exact vectors on the disk, `offered` other than `candidates`; the rest is `Recommender`'s.
 
         Raises:
           ConfigError: there are several processes, and the table is compressed.
         """
-        super().__init__(model, mesh, batch_size, k, filter_seen, processes, items, only)
-        check_processes(compression, processes)
+        super().__init__(*settings, **more)
+        check_processes(compression, self._processes)
         self.compression = compression
         self._folder = folder
-        self._offered = candidates(k, model.abra.items) if offered is None else offered
+        self._offered = candidates(self.k, self._model.abra.items) if offered is None else offered
         self._compressed = jax.jit(self._in_fewer_bits, static_argnums=1)
         self._read_rows = jax.jit(self._vectors_of_rows)
         self._offer = jax.jit(self._candidates)

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dynrec_jax.data.new_items import read_new_items
 from dynrec_jax.errors import ConfigError, DataError, one_line
 from dynrec_jax.evaluate.only import Offered
 from dynrec_jax.score.files import read_columns
@@ -49,9 +50,19 @@ def allowed_items(
 
 
 def items_of(run: Run) -> pa.Table:
-    """The items' columns, without their index; new items behind the dataset's."""
-    own = run.dataset.items_table()
-    table = own if run.new is None else pa.concat_tables([own, run.new.table.cast(own.schema)])
+    """The items' columns, without their index; new items behind the dataset's.
+
+    Of these the model reads some columns alone, and a rule may be on any: they are read once more.
+
+    Raises:
+      DataError: a column of the file of new items is of another kind than the dataset's.
+    """
+    table = run.dataset.items_table()
+    if run.new is not None:
+        new = run.new
+        if new.path is not None:
+            new = read_new_items(new.path, run.dataset, set(table.column_names[2:]))
+        table = pa.concat_tables([table, new.table.cast(table.schema)])
     return table.drop_columns(["index"]) if "index" in table.column_names else table
 
 
@@ -124,38 +135,38 @@ def _named(run: Run, path: Path) -> tuple[np.ndarray, int]:
 
 
 def offered_to(
-    run: Run, path: Path, users: pa.Array, allowed: np.ndarray | None
+    run: Run, path: Path, users_U: np.ndarray, ids_U: pa.Array, allowed: np.ndarray | None
 ) -> tuple[Offered, list[str]]:
     """What each of some users is offered, by a file with a row for each user and item, or with a list a user.
 
     Args:
       run: whose items they are.
       path: columns `user_id` and `item_id`, or `user_id` and the lists `item_ids`.
-      users: ids, by number.
+      users_U: int64, numbers of the users.
+      ids_U: their ids.
       allowed: bool[N + 1], as `allowed_items` gives it.
 
     Raises:
       DataError: the file is not what it must be, or offers nobody anything.
     """
     table = read_columns(path, {"user_id": ("user_id", "user"), "item_id": (*ITEM, "item_ids", "items")})
-    user = pc.index_in(table.column("user_id"), users)
+    user = pc.index_in(table.column("user_id"), ids_U)
     item = pc.index_in(table.column("item_id"), run.item_ids)
     there = pc.and_(user.is_valid(), item.is_valid()).to_numpy(zero_copy_only=False)
-    user_E = user.fill_null(0).to_numpy()[there].astype(np.int64)
+    user_E = users_U[user.fill_null(0).to_numpy()[there]]
     item_E = item.fill_null(0).to_numpy()[there].astype(np.int64) + 1
     if allowed is not None:
         kept = allowed[item_E]
         user_E, item_E = user_E[kept], item_E[kept]
     if not len(user_E):
         raise DataError(f"{path}: offers none of these users an item that may be recommended")
-    pairs = np.unique(
-        np.stack([user_E, item_E], axis=1), axis=0
-    )  # in the order of users and items, each once
-    counts = np.bincount(pairs[:, 0], minlength=len(users))
+    items = run.items.number + 1
+    pair_E = np.unique(user_E * items + item_E)  # in the order of users and items, each once
+    counts = np.bincount(pair_E // items, minlength=int(users_U.max()) + 1)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     unknown = int(item.null_count)
     notes = [f"{unknown:,} rows of {path} name unknown items"] if unknown else []
-    without = int((counts == 0).sum())
+    without = int((counts[users_U] == 0).sum())
     if without:
         notes.append(f"{without:,} users whom {path} offers nothing left out")
-    return Offered(pairs[:, 1].astype(np.int32), starts), notes
+    return Offered((pair_E % items).astype(np.int32), starts), notes

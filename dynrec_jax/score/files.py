@@ -24,10 +24,7 @@ def read_file(path: Path, name: str, expected: str = "") -> pa.Table:
     Raises:
       DataError: no such file, not readable, or two columns have one name.
     """
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "no such file"
-        expected = expected or f"a column {name}"
-        raise DataError(f"{path}: {found}; expected a CSV or Parquet file with {expected}")
+    check_there(path, expected or f"a column {name}")
     try:
         if path.suffix.lower() == ".txt":
             lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
@@ -42,6 +39,13 @@ def read_file(path: Path, name: str, expected: str = "") -> pa.Table:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{path}: has the column {twice[0]} more than once; expected one of each name")
     return table
+
+
+def check_there(path: Path, expected: str) -> None:
+    """Raises DataError where a path is no file; `expected` says what was expected in it."""
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {found}; expected a CSV or Parquet file with {expected}")
 
 
 def _read_csv(path: Path) -> pa.Table:

@@ -18,8 +18,9 @@ from dynrec_jax.parallel.digest import tree_digest
 from dynrec_jax.parallel.mesh import feed
 from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.score.allowed import allowed_items, offered_to
+from dynrec_jax.score.checks import check
 from dynrec_jax.score.options import BOTH, ITEMS, LISTS, NEIGHBOURS, ScoreOptions
-from dynrec_jax.score.parts import Parts
+from dynrec_jax.score.parts import Parts, check_folder
 from dynrec_jax.score.queries import Queries, queries_of
 from dynrec_jax.score.sections import (
     Section,
@@ -39,11 +40,13 @@ class _Asked:
     Attributes:
       queries: whom it scores; None where it is about items alone.
       only: which items may be in a list.
+      allowed: digest of the items that may be in any list; None where all may.
       notes: what the user should know before.
     """
 
     queries: Queries | None
     only: Only
+    allowed: str | None
     notes: list[str]
 
 
@@ -64,18 +67,23 @@ def score(
 
     Raises:
       ConfigError: k exceeds the catalogue, options contradict each other, or `out` belongs to another job.
-      DataError: a file is not what it must be.
+      DataError: a file is not what it must be, or nobody is left to make lists for.
       MachineError: the disk is full.
     """
+    processes.agree(lambda: check(options, 1 + len(others), out))
     runs = [_with_hops(each, options.hops) for each in (run, *others)]
     asked = processes.agree(lambda: _asked(runs, options))
     weights = [tree_digest((each.params, each.tables)) for each in runs]
-    manifest = processes.agree(lambda: _manifest(runs, options, weights))
+    manifest = processes.agree(lambda: _manifest(runs, options, weights, asked.allowed))
     processes.check_same(manifest, "start all with the same flags and the same files")
+    sections = _sections(runs, options, asked, processes)
+    folders = [out / section.name if options.what == BOTH else out for section in sections]
+    manifests = [{**manifest, "parts": len(section.rows)} for section in sections]
+    # All of them before any is made.
+    processes.first_does(lambda: [check_folder(*each) for each in zip(folders, manifests, strict=True)])
     total = {"users": 0, "items": 0, "parts": 0, "skipped": 0}
     notes = _of_new(run) + asked.notes
-    for section in _sections(runs, options, asked, processes):
-        folder = out / section.name if options.what == BOTH else out
+    for section, folder in zip(sections, folders, strict=True):
         skipped = _fill(section, folder, manifest, options.file_format, runs[0], processes, notes)
         total[section.unit] += sum(section.rows)
         total["parts"] += len(section.rows)
@@ -86,7 +94,6 @@ def score(
 
 def _asked(runs: Sequence[Run], options: ScoreOptions) -> _Asked:
     run = runs[0]
-    _check(runs, options)
     allowed, notes = allowed_items(run, options.allow, options.deny, options.where)
     left = run.items.number if allowed is None else int(allowed.sum())
     most = left - 1 if options.what == NEIGHBOURS else left
@@ -98,66 +105,24 @@ def _asked(runs: Sequence[Run], options: ScoreOptions) -> _Asked:
             else f"the catalogue has {most:,} {what}"
         )
         raise ConfigError(f"--k={options.k}: {may}; give {most} or less")
+    digest = None if allowed is None else hashlib.sha256(np.packbits(allowed).tobytes()).hexdigest()
     if options.what in (ITEMS, NEIGHBOURS):
-        return _Asked(None, Only(allowed), notes)
+        return _Asked(None, Only(allowed), digest, notes)
     queries = queries_of(runs, options)
-    notes = [*notes, *queries.notes]
-    if options.candidates is None:
-        return _Asked(queries, Only(allowed), notes)
-    return _offered(run, options.candidates, queries, allowed, notes)
+    asked = _Asked(queries, Only(allowed), digest, [*notes, *queries.notes])
+    return asked if options.candidates is None else _offered(asked, run, options.candidates, queries)
 
 
-def _offered(run: Run, path: Path, queries: Queries, allowed: np.ndarray | None, notes: list[str]) -> _Asked:
+def _offered(asked: _Asked, run: Run, path: Path, queries: Queries) -> _Asked:
     """The job for those users alone whom a file offers something."""
-    number = 1 + max((int(users.max()) for users, _ in queries.parts if len(users)), default=-1)
-    offered, told = offered_to(run, path, queries.ids(np.arange(number)).cast(pa.string()), allowed)
+    users_U = np.concatenate([users for users, _ in queries.parts])
+    ids_U = queries.ids(users_U).cast(pa.string())
+    offered, told = offered_to(run, path, users_U, ids_U, asked.only.allowed)
     some_U = np.diff(offered.starts) > 0
-    parts = [(users[some_U[users]], ends[some_U[users]]) for users, ends in queries.parts]
-    return _Asked(dataclasses.replace(queries, parts=parts), Only(None, offered), notes + told)
-
-
-def _check(runs: Sequence[Run], options: ScoreOptions) -> None:
-    """Whether options go together."""
-    if options.shares and len(options.shares) != len(runs):
-        raise ConfigError(
-            f"--weights: has {len(options.shares)} numbers, and there are {len(runs)} runs; expected one each"
-        )
-    for name, share in (("diversify", options.diversify), ("calibrate", options.calibrate)):
-        if not 0 <= share <= 1:
-            raise ConfigError(f"--{name}={share}: expected a number from 0 to 1")
-    if any(not weight > 0 for weight in options.shares):
-        raise ConfigError("--weights: expected numbers above 0")
-    if options.diversify and options.calibrate:
-        raise ConfigError(
-            "--diversify and --calibrate: lists are made anew by one of them; leave the other out"
-        )
-    if (options.diversify or options.calibrate) and options.pool < options.k:
-        raise ConfigError(f"--pool={options.pool}: lists have {options.k} items; give {options.k} or more")
-    if options.compression is not None and options.compression.table != "float32":
-        for name in ("candidates", "diversify", "calibrate"):
-            if getattr(options, name):
-                raise ConfigError(f"--{name} and --table: one of them alone; leave the other out")
-    if options.what != LISTS:
-        if len(runs) > 1:
-            raise ConfigError(f"--what={options.what}: is of one run; leave the others out")
-        given = [
-            name
-            for name, value in (
-                ("candidates", options.candidates),
-                ("min_score", options.min_score),
-                ("filter_seen", options.filter_seen or None),
-                ("diversify", options.diversify or None),
-                ("calibrate", options.calibrate or None),
-                ("table, --encoder or --prune", options.compression),
-            )
-            if value is not None
-        ]
-        if given:
-            raise ConfigError(
-                f"--what={options.what}: goes without --{given[0]}, which is about lists for users"
-            )
-    if options.what in (ITEMS, NEIGHBOURS) and options.users is not None:
-        raise ConfigError(f"--what={options.what}: goes without --users")
+    kept = [(users, ends, some_U[users]) for users, ends in queries.parts]
+    parts = [(users[some], ends[some]) for users, ends, some in kept if some.any()]
+    queries = dataclasses.replace(queries, parts=parts)
+    return dataclasses.replace(asked, queries=queries, only=Only(None, offered), notes=asked.notes + told)
 
 
 def _sections(
@@ -253,7 +218,9 @@ def _of_new(run: Run) -> list[str]:
     return told
 
 
-def _manifest(runs: Sequence[Run], options: ScoreOptions, weights: Sequence[str]) -> dict[str, Any]:
+def _manifest(
+    runs: Sequence[Run], options: ScoreOptions, weights: Sequence[str], allowed: str | None = None
+) -> dict[str, Any]:
     first, *others = (
         {
             "config": hashlib.sha256(configs.to_json(run.config).encode()).hexdigest(),
@@ -279,6 +246,8 @@ def _manifest(runs: Sequence[Run], options: ScoreOptions, weights: Sequence[str]
             )
             if path is not None
         },
+        # Which items a rule keeps may change with the day, as that of `arrived > current_date - 30` does.
+        **({} if allowed is None else {"allowed": allowed}),
         **({"with": others} if others else {}),
     }
 

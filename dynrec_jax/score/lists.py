@@ -17,12 +17,17 @@ from dynrec_jax.data.arrow import numbers
 from dynrec_jax.errors import ConfigError, DataError
 from dynrec_jax.evaluate.recommender import GROUP_USERS
 from dynrec_jax.parallel.digest import tree_digest
-from dynrec_jax.score.options import LISTS
-from dynrec_jax.score.parts import MANIFEST, part_name, read_manifest
+from dynrec_jax.score.formats import FORMATS
+from dynrec_jax.score.options import LISTS, SPLITS
+from dynrec_jax.score.parts import MANIFEST, RECORDS, is_whole, part_name, read_manifest, records
 from dynrec_jax.workdir import Run
 
 KINDS = {"user_id": pa.string(), "item_ids": pa.list_(pa.string())}
-NEEDED = ("dataset", "config", "step", "weights", "k", "filter_seen", "split", "parts")
+NEEDED = {
+    **dict.fromkeys(("dataset", "config", "weights", "split"), str),
+    **dict.fromkeys(("step", "k", "parts"), int),
+    "filter_seen": bool,
+}
 AGAIN = "the same `dynrec score` goes on from the parts that are there"
 
 
@@ -44,7 +49,7 @@ def open_written(folder: Path) -> Written:
     """Finds the parts of an output folder.
 
     Raises:
-      DataError: it is none, its job is not done, or its manifest is damaged.
+      DataError: it is none, its job is not done, or its manifest or a part is damaged.
     """
     about = read_manifest(folder / MANIFEST) if folder.is_dir() else None
     if about is None:
@@ -53,12 +58,24 @@ def open_written(folder: Path) -> Written:
         raise DataError(f"{folder / MANIFEST}: has no {', '.join(lacking)}; score again")
     if (what := about.get("what", LISTS)) != LISTS:
         raise DataError(f"{folder}: holds --what={what}; expected lists for users")
-    ending = about.get("file_format", "parquet")
-    files = [folder / part_name(part, about["parts"], ending) for part in range(about["parts"])]
-    if missing := [file.name for file in files if not file.is_file()]:
+    number, ending = about["parts"], about.get("file_format", "parquet")
+    wrong = [key for key, kind in NEEDED.items() if type(about[key]) is not kind]
+    wrong += [key for key in ("k", "parts") if key not in wrong and about[key] < 1]
+    wrong += [] if ending in list(FORMATS) else ["file_format"]
+    wrong += [] if about["split"] in SPLITS else ["split"]
+    if wrong:
+        raise DataError(f"{folder / MANIFEST}: {wrong[0]} is {about.get(wrong[0])!r}; score again")
+    there = {path.name for path in folder.iterdir()}
+    names = (part_name(part, number, ending) for part in range(number))
+    if (first := next((name for name in names if name not in there), None)) is not None:
+        found = sum(name.endswith(part_name(0, number, ending)[10:]) for name in there)
         raise DataError(
-            f"{folder}: {len(missing)} of {len(files)} parts are missing, the first is {missing[0]}; {AGAIN}"
+            f"{folder}: {number - found} of {number} parts are missing, the first is {first}; {AGAIN}"
         )
+    files, known = [folder / part_name(part, number, ending) for part in range(number)], records(folder)
+    for file in files:
+        if not is_whole(file, known.get(file.name, {})):
+            raise DataError(f"{file}: is not what {RECORDS} says was written; remove it, and {AGAIN}")
     return Written(folder, about, files)
 
 
@@ -92,7 +109,12 @@ def check_config(written: Written, workdir: Path, config: ml_collections.ConfigD
 
 
 def check_weights(written: Written, run: Run) -> None:
-    """Raises ConfigError where lists were made by other weights than a run's."""
+    """Raises ConfigError where lists were made by other weights than a run's, or are longer than its catalogue."""
+    if written.about["k"] > run.items.number:
+        raise ConfigError(
+            f"{written.folder}: holds lists of {written.about['k']:,} items, and {run.path} has {run.items.number:,}; "
+            "give the run that made them"
+        )
     if written.about["weights"] != tree_digest((run.params, run.tables)):
         raise ConfigError(
             f"{written.folder}: was made by other weights than those of {run.path} at step {run.step}; give the run "
@@ -127,7 +149,11 @@ def _read(path: Path, users: int) -> Iterator[pa.RecordBatch]:
     elif path.suffix == ".arrow":
         yield from pa.ipc.open_file(path).read_all().to_batches(users)
     else:
-        yield from pa_json.read_json(path).combine_chunks().to_batches(users)
+        # Told the kinds, or ids that look like dates would be dates; in one block, since a line may be longer than one.
+        kinds = pa_json.ParseOptions(explicit_schema=pa.schema(KINDS), unexpected_field_behavior="ignore")
+        whole = pa_json.ReadOptions(block_size=max(path.stat().st_size, 1))
+        table = pa_json.read_json(path, read_options=whole, parse_options=kinds)
+        yield from table.combine_chunks().to_batches(users)
 
 
 def item_numbers(lists: pa.ListArray, item_ids: pa.Array, k: int, folder: Path) -> np.ndarray:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 LISTS, USERS, ITEMS, BOTH, NEIGHBOURS = "lists", "users", "items", "both", "neighbours"
 WHAT = (LISTS, USERS, ITEMS, BOTH, NEIGHBOURS)
+SPLITS = ("all", "test", "validation")
 
 POOL = 500  # candidates of a user from whom lists are made anew
 

@@ -8,7 +8,7 @@ one folder; the first good copy of a part stays.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +40,9 @@ class Parts:
         self._format = file_format
         self._manifest = {**manifest, "parts": number}
         self._records = _Records(out / RECORDS)
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"{out}: is a file; choose another --out")
-        found = read_manifest(out / MANIFEST)
-        others = [path for path in out.iterdir() if not is_temporary(path)] if out.exists() else []
-        if found is None and others:  # perhaps of another worker, who has begun since
-            found = read_manifest(out / MANIFEST)
-        if found is not None:
-            changed = sorted(
-                key for key in {*found, *self._manifest} if found.get(key) != self._manifest.get(key)
-            )
-            if changed:
-                told = "; ".join(
-                    f"{key}: {found.get(key)!r} -> {self._manifest.get(key)!r}" for key in changed
-                )
-                raise ConfigError(f"{out}: holds the output of another job ({told}); choose another --out")
+        if check_folder(out, self._manifest):
             remove_temporary(out)
             return
-        if others:
-            raise ConfigError(f"{out}: exists and is not the output of scoring; choose another --out")
         try:
             out.mkdir(parents=True, exist_ok=True)
             remove_temporary(out)
@@ -81,14 +65,8 @@ class Parts:
 
     def _good(self, part: int, rows: int) -> bool:
         path = self.path(part)
-        record = self._records.known.get(path.name)
-        try:
-            if record is None or record["rows"] != rows or path.stat().st_size != record["bytes"]:
-                return False
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
-        except (OSError, KeyError):
-            return False
+        record = self._records.known.get(path.name, {})
+        return record.get("rows") == rows and is_whole(path, record)
 
     def write(self, part: int, table: pa.Table) -> None:
         """Writes a part under a temporary name, and renames it when it and its digest are on the disk.
@@ -192,8 +170,61 @@ class _Records:
             self._end = len(lines)
 
 
+def records(folder: Path) -> dict[str, Record]:
+    """What was written of each part of a folder, by its name."""
+    found = _Records(folder / RECORDS)
+    found.read()
+    return found.known
+
+
+def is_whole(path: Path, record: Record) -> bool:
+    """Whether a part is there and is what was written: it is read whole."""
+    try:
+        if path.stat().st_size != record["bytes"]:
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
+    except (OSError, KeyError):
+        return False
+
+
 def _line(record: Record) -> bytes:
     return json.dumps(record).encode() + b"\n"
+
+
+def check_folder(out: Path, manifest: Mapping[str, Any] | None = None) -> bool:
+    """Whether a folder, which need not be there, holds the output of scoring.
+
+    Args:
+      out: the folder.
+      manifest: of the job whose output it may hold; None for any.
+
+    Raises:
+      ConfigError: it holds the output of another job or something else, or no folder can be there.
+    """
+    if file := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
+        raise ConfigError(f"{file}: is a file; choose another --out")
+    found = read_manifest(out / MANIFEST)
+    others = [path for path in out.iterdir() if not is_temporary(path)] if out.exists() else []
+    if found is None and others:  # perhaps of another worker, who has begun since
+        found = read_manifest(out / MANIFEST)
+    if found is None and others:
+        raise ConfigError(f"{out}: exists and is not the output of scoring; choose another --out")
+    if found is None or manifest is None:
+        return found is not None
+    changed = sorted(key for key in {*found, *manifest} if found.get(key) != manifest.get(key))
+    if changed:
+        told = "; ".join(f"{key}: {found.get(key)!r} -> {manifest.get(key)!r}" for key in changed)
+        raise ConfigError(f"{out}: holds the output of another job ({told}); choose another --out")
+    return True
+
+
+def check_both(out: Path, names: Sequence[str]) -> None:
+    """As `check_folder`, of a folder that holds several such outputs and nothing else."""
+    for name in names:
+        check_folder(out / name)
+    if out.exists() and any(path.name not in names for path in out.iterdir()):
+        raise ConfigError(f"{out}: holds more than the folders {' and '.join(names)}; choose another --out")
 
 
 def part_name(part: int, number: int, file_format: str = "parquet") -> str:
@@ -208,5 +239,5 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        raise ConfigError(f"{path}: is damaged; remove the folder, or choose another --out") from None
+        raise ConfigError(f"{path}: is damaged; remove the folder, or choose another one") from None
     return found if isinstance(found, dict) else {}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dynrec_jax.data.cache import Histories, Windows, from_start
 from dynrec_jax.data.examples import NONE
@@ -17,6 +18,10 @@ from dynrec_jax.evaluate.recommender import GROUP_USERS, HistorySource, groups
 from dynrec_jax.score.options import ScoreOptions
 from dynrec_jax.score.users import has_histories, new_histories, read_table
 from dynrec_jax.workdir import Run
+
+LOOKED_UP = (
+    2**20
+)  # ids of a file that are looked up at a time: each time all of the dataset's are gone through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +63,33 @@ def queries_of(runs: Sequence[Run], options: ScoreOptions) -> Queries:
 
     Raises:
       ConfigError: the options contradict each other, or the runs.
-      DataError: the users file is not what it must be.
+      DataError: the users file is not what it must be, or nobody is left.
     """
-    run = runs[0]
     _check_moments(runs, options)
     table = None if options.users is None else read_table(options.users)
-    if table is not None and has_histories(table):
-        return _asked_at(runs, options, _of_file(runs, options, table))
+    brings = table is not None and has_histories(table)
+    made = _of_file(runs, options, table) if brings else _of_dataset(runs[0], options, table)
+    if not any(len(users) for users, _ in made.parts):
+        raise DataError(f"nobody is left whom lists could be made for ({', '.join(made.notes)})")
+    return _asked_at(runs, options, made)
+
+
+def _of_dataset(run: Run, options: ScoreOptions, table: pa.Table | None) -> Queries:
+    """Of the dataset's users, or those whom a file names."""
+    if options.until is not None and not run.dataset.has_times:
+        raise ConfigError(f"--until: {run.dataset.path} has no times; leave it out")
     stored = Histories(run.dataset, options.cache_dir or run.config.data.cache_dir)
     ends_U, notes = _ends(stored, run, options)
     if table is None:
         ranges = [np.arange(group.start, group.stop) for group in groups(stored)]
         users = [each[ends_U[each] != NONE] for each in ranges]
-        parts = [(each, ends_U[each]) for each in users]
+        parts = [(each, ends_U[each]) for each in users if len(each)]
     else:
-        chosen, told = _known(stored, table.column("user_id").to_pylist(), options.users)
+        chosen, told = _known(stored, table.column("user_id"), options.users)
         kept = chosen[ends_U[chosen] != NONE]
         notes = told + _told(len(chosen) - len(kept), _without(options))
         parts = _chunks(kept, ends_U[kept])
-    return _asked_at(runs, options, Queries(stored, stored.id_column, parts, notes))
+    return Queries(stored, stored.id_column, parts, notes)
 
 
 def _check_moments(runs: Sequence[Run], options: ScoreOptions) -> None:
@@ -99,8 +112,6 @@ def _check_moments(runs: Sequence[Run], options: ScoreOptions) -> None:
             f"--at: the model of {', '.join(str(each.path) for each in runs)} does not look at the time of a request "
             "(model.query_time is False); leave it out"
         )
-    if options.until is not None and not run.dataset.has_times and options.users is None:
-        raise ConfigError(f"--until: {run.dataset.path} has no times; leave it out")
 
 
 def _of_file(runs: Sequence[Run], options: ScoreOptions, table: pa.Table) -> Queries:
@@ -162,15 +173,17 @@ def _asked_at(runs: Sequence[Run], options: ScoreOptions, queries: Queries) -> Q
     return dataclasses.replace(queries, source=_AskedAt(queries.source, at))
 
 
-def _known(stored: Histories, wanted: list[str], path: Path | None) -> tuple[np.ndarray, list[str]]:
-    number = {user: i for i, user in enumerate(stored.ids_of(np.arange(stored.users)))}
-    unique = list(dict.fromkeys(wanted))
-    found = [number[user] for user in unique if user in number]
-    if not found:
+def _known(stored: Histories, wanted: pa.ChunkedArray, path: Path | None) -> tuple[np.ndarray, list[str]]:
+    """Numbers of the dataset's users of some ids, each once, in their order; and how many ids are of none."""
+    unique = pc.unique(wanted)
+    pieces = [unique[at : at + LOOKED_UP] for at in range(0, len(unique), LOOKED_UP)]
+    number_U = np.concatenate([stored.numbers_of(piece) for piece in pieces])
+    found = number_U[number_U >= 0]
+    if not len(found):
         raise DataError(
-            f"{path}: none of its {len(unique):,} users is in the dataset (the first is {unique[0]!r})"
+            f"{path}: none of its {len(unique):,} users is in the dataset (the first is {unique[0].as_py()!r})"
         )
-    return np.array(found, np.int64), _told(len(unique) - len(found), "unknown users left out")
+    return found, _told(len(unique) - len(found), "unknown users left out")
 
 
 def _chunks(users: np.ndarray, ends: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

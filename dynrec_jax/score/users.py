@@ -1,6 +1,7 @@
 """Who is scored: a file of user ids, or of whole new histories."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -58,9 +59,11 @@ class NewHistories:
         at_BxW = np.maximum(ends_B - size, 0)[:, None] + np.arange(size)
         inside = at_BxW < ends_B[:, None]
         place = np.where(inside, self.starts[np.where(real_B, users_B, 0)][:, None] + at_BxW, 0)
-        zeros = np.zeros_like(self.items)
-        columns = self.items, zeros if self.times is None else self.times, self.events
-        return Windows(*(np.where(inside, column[place], 0).astype(np.int32) for column in columns))
+        items, times, events = (
+            np.zeros(place.shape, np.int32) if column is None else np.where(inside, column[place], 0)
+            for column in (self.items, self.times, self.events)
+        )
+        return Windows(items, times, events)
 
     def asked(self, users_B: np.ndarray, ends_B: np.ndarray) -> np.ndarray:
         """int32[B], `moment`."""
@@ -177,7 +180,7 @@ def _of_lists(table: pa.Table, name: str, path: Path) -> _Events:
         raise DataError(f"{path}: column {name} is {column.type}; expected lists of item ids, oldest first")
     users = table.column("user_id").to_pylist()
     if len(set(users)) < len(users):
-        twice = next(user for i, user in enumerate(users) if user in users[:i])
+        twice = Counter(users).most_common(1)[0][0]
         raise DataError(f"{path}: user {twice!r} has two rows; expected one list a user")
     items = strings(pa.chunked_array([pc.list_flatten(column)]), name, path)
 

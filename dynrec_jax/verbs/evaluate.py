@@ -1,7 +1,6 @@
 """Measures a run on the whole catalogue, beside its baselines; prints a table and writes JSON."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +9,11 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from dynrec_jax.errors import ConfigError, MachineError
+from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import ALONE, Processes, join
 from dynrec_jax.verbs import compressed, drift, lists, prequential
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
-from dynrec_jax.verbs.telling import teller
+from dynrec_jax.verbs.telling import teller, write_json
 
 if TYPE_CHECKING:
     from dynrec_jax.evaluate.compressed import Compression
@@ -134,10 +133,10 @@ def _of_lists(values: flags.FlagValues, processes: Processes) -> None:
     """The mode that measures files: shows and writes."""
     if processes.count > 1:
         raise ConfigError("--lists: are measured by one process, and this is one of several; start one")
-    for name in ("split", "drift", "prequential", "with", "step"):
+    for name in ("split", "drift", "prequential", "with", "step", "table", "encoder", "prune"):
         if values[name].present:
             raise ConfigError(
-                f"--{name}: the lists say which run, checkpoint and split they are of; leave it out"
+                f"--{name}: the lists say what they are of and how they were made; leave it out"
             )
     workdir, out = Path(values.workdir), Path(values.out) if values.out else None
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
@@ -147,7 +146,7 @@ def _of_lists(values: flags.FlagValues, processes: Processes) -> None:
     )
     lists.show(result)
     path = out or workdir / "evaluation" / f"lists_{result['split']}.json"
-    print(f"written to {lists.write(path, result)}")
+    print(f"written to {write_json(path, result)}")
 
 
 def parse_step(text: str) -> str | int:
@@ -240,18 +239,11 @@ def write(workdir: Path, result: dict[str, Any]) -> Path:
       MachineError: it cannot be written.
     """
     from dynrec_jax.evaluate.compressed import Compression
-    from dynrec_jax.files import write_whole
 
     name = f"{result['split']}_together" if "together" in result else result["split"]
     if "compressed" in result:
         name = f"{name}_{Compression(**result['compressed']).name}"
-    path = workdir / "evaluation" / f"{name}.json"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be written ({error})") from None
-    return path
+    return write_json(workdir / "evaluation" / f"{name}.json", result)
 
 
 def show(result: dict[str, Any]) -> None:

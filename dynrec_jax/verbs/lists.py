@@ -1,6 +1,5 @@
-"""What `dynrec evaluate --lists` does: measures lists that `dynrec score` wrote; prints tables and writes JSON."""
+"""What `dynrec evaluate --lists` does: measures lists that `dynrec score` wrote; prints tables."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dynrec_jax.errors import ConfigError, MachineError
+from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import ALONE
 from dynrec_jax.verbs.caches import keep_programs
 
@@ -31,7 +30,7 @@ def measure(
     cache_dir: str | None = None,
     attributes: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Metrics of an output folder of scoring, as `write` writes them; of the checkpoint that made it.
+    """Metrics of an output folder of scoring, as they are written as JSON; of the checkpoint that made it.
 
     Args:
       workdir: the run that made the lists.
@@ -183,18 +182,6 @@ def _gather(run: "Run") -> Callable[[np.ndarray], np.ndarray]:
         return np.where(ids_UxK[..., None] > 0, found[: len(ids_UxK)], 0.0)
 
     return gather
-
-
-def write(path: Path, result: Mapping[str, Any]) -> Path:
-    """Writes the JSON; raises MachineError where it cannot be written."""
-    from dynrec_jax.files import write_whole
-
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be written ({error})") from None
-    return path
 
 
 def show(result: Mapping[str, Any]) -> None:

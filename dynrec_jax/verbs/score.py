@@ -13,11 +13,13 @@ from absl import flags
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import join
 from dynrec_jax.score.formats import FORMATS
-from dynrec_jax.score.options import LISTS, POOL, WHAT, ScoreOptions
+from dynrec_jax.score.options import LISTS, NEIGHBOURS, POOL, SPLITS, WHAT, ScoreOptions
 from dynrec_jax.verbs import compressed
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.evaluate import WITH, parse_step, paths_of
 from dynrec_jax.verbs.telling import teller
+
+SECONDS = 11  # digits of seconds since 1970, up to the year 5138
 
 
 def define_flags() -> flags.FlagValues:
@@ -73,9 +75,7 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_boolean("filter_seen", False, "leave out items of the history", flag_values=values)
-    flags.DEFINE_enum(
-        "split", "all", ["all", "test", "validation"], "which history to recommend from", flag_values=values
-    )
+    flags.DEFINE_enum("split", SPLITS[0], SPLITS, "which history to recommend from", flag_values=values)
     flags.DEFINE_string(
         "at",
         None,
@@ -135,15 +135,15 @@ def run(values: flags.FlagValues) -> None:
     from dynrec_jax.score.job import score
     from dynrec_jax.score.several import open_together
 
-    first, *more = (Path(path) for path in values.workdir)
-    step, others = parse_step(values.step), [*more, *paths_of(values["with"].value)]
-    options = options_of(values)
+    paths = [*(Path(path) for path in values.workdir), *paths_of(values["with"].value)]
+    step, options = parse_step(values.step), options_of(values)
     processes = join()
     options = dataclasses.replace(options, compression=compressed.parse(values, processes))
+    processes.agree(lambda: _check(values, options, len(paths)))
     processes.start_jax()
-    keep_programs(processes.agree(lambda: workdirs.open_config(first)), values.cache_dir, processes)
+    keep_programs(processes.agree(lambda: workdirs.open_config(paths[0])), values.cache_dir, processes)
     runs = open_together(
-        [first, *others],
+        paths,
         step,
         values.dataset,
         processes,
@@ -151,13 +151,29 @@ def run(values: flags.FlagValues) -> None:
         teller(processes),
     )
     if values.k is None:
-        options = dataclasses.replace(options, k=min(options.k, runs[0].items.number))
+        most = runs[0].items.number - (options.what == NEIGHBOURS)
+        options = dataclasses.replace(options, k=min(options.k, most))
     done = score(runs[0], Path(values.out), options, processes, runs[1:])
     if not processes.first:
         return
-    rows = " and ".join(f"{done[unit]:,} {unit}" for unit in ("users", "items") if done[unit]) or "no users"
+    rows = " and ".join(f"{done[unit]:,} {unit}" for unit in ("users", "items") if done[unit])
     told = f" ({done['skipped']} were there already)" if done["skipped"] else ""
     print(f"{rows}, {done['parts']} parts in {values.out}{told}")
+
+
+def _check(values: flags.FlagValues, options: ScoreOptions, runs: int) -> None:
+    """Mistakes that need no run to be seen."""
+    from dynrec_jax.data.remote import is_remote
+    from dynrec_jax.score.checks import check
+
+    if is_remote(values.out):
+        raise ConfigError(
+            f"--out={values.out}: parts are written to a disk of this machine; give a folder, and copy it then"
+        )
+    # How long lists are by default, the catalogue says.
+    check(options if values.k is not None else dataclasses.replace(options, k=1), runs, Path(values.out))
+    if values.k is not None and options.what not in (LISTS, NEIGHBOURS):
+        raise ConfigError(f"--what={options.what}: goes without --k, which is how long lists are")
 
 
 def options_of(values: flags.FlagValues) -> ScoreOptions:
@@ -208,6 +224,10 @@ def parse_moment(text: str, flag: str = "at") -> int:
       ConfigError: it is none of them.
     """
     if text.isascii() and text.isdigit() and len(text) > 4:
+        if len(text) > SECONDS:
+            raise ConfigError(
+                f"--{flag}={text}: has more digits than seconds since 1970 have; is it in milliseconds?"
+            )
         return int(text)
     try:
         moment = datetime.datetime.fromisoformat(text)

@@ -16,13 +16,17 @@ import pytest
 from dynrec_jax import workdir as workdirs
 from dynrec_jax.data.cache import Histories
 from dynrec_jax.errors import DataError
-from dynrec_jax.score import queries
+from dynrec_jax.evaluate.recommender import Lists
+from dynrec_jax.score import lists, queries
 from dynrec_jax.score.lists import batches, item_numbers, open_written
+from dynrec_jax.score.parts import Parts
+from dynrec_jax.score.tables import of_lists
 
 from ..commands import Made, a_shard_each, digest, dynrec, one_line, small_run
 from .test_parity import of_dataset
 
 K = 12
+MANY = 100_000
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +212,14 @@ def copied(out: Path, to: Path, **changes: Any) -> Path:
         ({"step": 5}, "step 5"),
         ({"parts": 9}, "9 of 9 parts are missing"),
         ({"k": 5}, "_score.json says 5 at most"),
+        ({"k": 33}, "holds lists of 33 items"),
+        ({"k": None}, "k is None; score again"),
+        ({"k": 0}, "k is 0; score again"),
+        ({"parts": "4"}, "parts is '4'; score again"),
+        ({"parts": 10**12}, "1000000000000 of 1000000000000 parts are missing"),
+        ({"split": "[/x]"}, "split is '[/x]'; score again"),
+        ({"step": True}, "step is True; score again"),
+        ({"file_format": ["../x"]}, "file_format is ['../x']; score again"),
     ],
 )
 def test_lists_of_something_else_are_refused(change, told, made: Made, out: Path, tmp_path: Path, capsys):
@@ -218,7 +230,9 @@ def test_lists_of_something_else_are_refused(change, told, made: Made, out: Path
     assert digest(made.workdir) == before
 
 
-def test_a_folder_that_is_not_whole_is_refused(made: Made, out: Path, tmp_path: Path, capsys):
+def test_a_folder_that_is_not_whole_is_refused(
+    made: Made, out: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
     for folder in (tmp_path / "nowhere", made.workdir):
         assert dynrec("evaluate", workdir=made.workdir, lists=folder) == 2
         assert "holds no _score.json" in one_line(capsys)
@@ -226,8 +240,9 @@ def test_a_folder_that_is_not_whole_is_refused(made: Made, out: Path, tmp_path: 
     part = sorted(folder.glob("*.parquet"))[1]
     part.write_bytes(part.read_bytes()[:100])
     assert dynrec("evaluate", workdir=made.workdir, lists=folder) == 2
-    assert part.name in one_line(capsys)
+    assert "is not what _parts.log says" in one_line(capsys)
     pq.write_table(pa.table({"user_id": ["a"], "item_ids": [["x", None]]}), part)
+    monkeypatch.setattr(lists, "is_whole", lambda path, record: True)
     with pytest.raises(DataError, match="an item without id"):
         list(batches(open_written(folder)))
     part.unlink()
@@ -243,6 +258,8 @@ def test_a_folder_that_is_not_whole_is_refused(made: Made, out: Path, tmp_path: 
         ({"split": "validation"}, "--split"),
         ({"step": "last"}, "--step"),
         ({"with": "other"}, "--with"),
+        ({"table": "int8"}, "--table"),
+        ({"prune": 0.5}, "--prune"),
         ({"attributes": "brand"}, "no item column of attributes 'brand'; found title"),
         ({"out": "nowhere/lists.json"}, "--out=nowhere/lists.json"),
     ],
@@ -250,6 +267,20 @@ def test_a_folder_that_is_not_whole_is_refused(made: Made, out: Path, tmp_path: 
 def test_what_the_lists_say_themselves_is_not_asked(flags, told, made: Made, out: Path, capsys):
     assert dynrec("evaluate", workdir=made.workdir, lists=out, **flags) == 2
     assert told in one_line(capsys)
+
+
+def test_ids_that_look_like_times_and_long_lines_are_read_from_json_lines(tmp_path: Path):
+    """A line is longer than two of the blocks that Arrow reads by default."""
+    items = [str(time) for time in pd.date_range("2026-01-01", periods=MANY, freq="s")]
+    ids = np.stack([np.arange(MANY) + 1, np.zeros(MANY, int)])
+    made = Lists(ids, np.ones(ids.shape))
+    table = of_lists("user_id", pa.array(["2026-01-31", "2026-02-01"]), made, pa.array(items))
+    about = dict.fromkeys(lists.NEEDED, "x") | {"step": 1, "k": MANY, "filter_seen": False, "split": "all"}
+    parts = Parts(tmp_path / "out", {**about, "file_format": "jsonl"}, 1, "jsonl")
+    parts.write(0, table)
+    ((users, found),) = batches(open_written(tmp_path / "out"))
+    assert users.to_pylist() == ["2026-01-31", "2026-02-01"]
+    assert found.to_pylist() == [items, []]
 
 
 @pytest.mark.parametrize("flag", ["attributes", "out"])

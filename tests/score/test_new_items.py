@@ -212,6 +212,15 @@ def test_a_file_may_know_less_and_more_than_the_dataset(world, lists, tmp_path):
     assert read(tmp_path / "out") == read(lists)
 
 
+def test_a_rule_is_on_columns_that_the_model_does_not_read_too(world, tmp_path):
+    rows = [{**row, "genres": [genre]} for row, genre in zip(new_rows(), "aab", strict=True)]
+    items = write(tmp_path / "new.jsonl", rows)
+    rule = "list_contains(genres, 'a')"
+    assert score(world, tmp_path / "out", items=items, where=rule, k=5) == 0
+    shown = {item for own in read(tmp_path / "out").values() for item in own}
+    assert shown & set(NEW.values()) == {NEW["sea"], NEW["cook"]}
+
+
 REFUSED: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "no column of the model": (
         [{"item_id": "new", "genres": ["a"], "name": "boat"}],

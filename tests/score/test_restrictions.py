@@ -108,6 +108,16 @@ def test_only_items_that_are_allowed_not_denied_and_kept_by_the_rule(
     assert "deny" in one_line(capsys)
 
 
+def test_a_rule_that_keeps_other_items_now_is_another_job(shop: Made, tmp_path: Path, capsys):
+    """As one about the day does, the next day."""
+    flags = {"k": 1, "where": "item_id = '007' or random() < 0.5"}
+    frame(shop, tmp_path / "out", **flags)
+    capsys.readouterr()
+    # It may keep the same ones once or twice.
+    assert any(dynrec("score", workdir=shop.workdir, out=tmp_path / "out", **flags) == 2 for _ in range(5))
+    assert "holds the output of another job (allowed: " in capsys.readouterr().err
+
+
 def test_candidates_of_each_user(shop: Made, whole: pd.DataFrame, tmp_path: Path, capsys):
     rows = [("001", "7"), ("001", "NA"), ("001", "i03"), ("u07", "null"), ("u07", "null"), ("u07", "gone")]
     rows += [("stranger", "7"), ("42", "i05")]
@@ -120,6 +130,12 @@ def test_candidates_of_each_user(shop: Made, whole: pd.DataFrame, tmp_path: Path
     told = capsys.readouterr().err
     assert "1 rows of" in told
     assert "users whom" in told
+    # Who is not asked is not missed.
+    (tmp_path / "users.csv").write_text("user_id\nu07\nu08\n")
+    asked = {"users": tmp_path / "users.csv", "candidates": tmp_path / "offers.csv"}
+    alone = frame(shop, tmp_path / "alone", k=2, **asked)
+    pd.testing.assert_frame_equal(alone, found.loc[["u07"]])
+    assert "1 users whom" in capsys.readouterr().err
     lists = pa.table({"user_id": ["001", "u07"], "item_ids": [["7", "NA", "i03"], ["null"]]})
     pa.parquet.write_table(lists, tmp_path / "offers.parquet")
     again = frame(shop, tmp_path / "lists", k=2, candidates=tmp_path / "offers.parquet")
@@ -137,17 +153,23 @@ def test_mistakes(shop: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "unknown.csv").write_text("item_id\nnothing\n")
     (tmp_path / "other.csv").write_text("id\n7\n")
     (tmp_path / "all.txt").write_text("\n".join(ITEMS))
+    (tmp_path / "ids.csv").write_text("user_id\n001\nu02\n")
+    (tmp_path / "short.csv").write_text("user_id\nu00\nu01\n")
+    (tmp_path / "offers.csv").write_text("user_id,item_id\nu05,7\n")
     for flags, told in (
-        ({"allow": tmp_path / "missing.csv"}, "no such file"),
         ({"allow": tmp_path / "unknown.csv"}, "none of its 1 items"),
         ({"deny": tmp_path / "other.csv"}, "expected a column item_id"),
         ({"deny": tmp_path / "all.txt"}, "leave no item"),
         ({"where": "colour = 'red'"}, "colour"),
         ({"candidates": tmp_path / "all.txt"}, "user_id"),
         ({"until": "2026-01-31"}, "has no times"),
-        ({"weights": "0.5,0.5"}, "expected one each"),
-        ({"what": "users", "min_score": 1}, "lists for users"),
         ({"what": "neighbours", "k": len(ITEMS)}, "other items"),
+        ({"users": tmp_path / "ids.csv", "until": "2026-01-31"}, "has no times"),
+        ({"users": tmp_path / "short.csv", "split": "test"}, "nobody is left"),
+        (
+            {"users": tmp_path / "ids.csv", "candidates": tmp_path / "offers.csv"},
+            "offers none of these users",
+        ),
     ):
         assert dynrec("score", workdir=shop.workdir, out=tmp_path / "out", **{"k": 3, **flags}) == 2, flags
         assert told in one_line(capsys), flags

@@ -99,6 +99,24 @@ def test_lists_are_by_the_mean_of_all_scores_and_metrics_are_those_of_the_lists(
     assert result["ndcg@10"] == pytest.approx((1 / np.log2(np.array(ranks) + 1)).mean(), abs=1e-9)
 
 
+@pytest.mark.slow
+def test_compressed_runs_recommend_together(runs: tuple[Made, Made], tmp_path: Path):
+    """By tables that offer all items, lists are those of the runs as they are; by encoders, those of such encoders."""
+    a, b = runs
+    flags, other = {"split": "test", "k": ITEMS}, {"with": b.workdir}
+    plain = frame(a, tmp_path / "plain", **flags, **other)
+    by_table = frame(a, tmp_path / "table", table="int8", **flags, **other)
+    small = {"encoder": "int8", "prune": 0.3}
+    alone = [frame(made, tmp_path / made.workdir.name, **small, **flags) for made in runs]
+    together = frame(a, tmp_path / "encoder", **small, **flags, **other)
+    assert_joined(together, alone)
+    assert list(by_table.index) == list(plain.index) == list(together.index)
+    for user, row in plain.iterrows():
+        np.testing.assert_allclose(by_table.loc[user, "scores"], row["scores"], rtol=1e-4, atol=1e-5)
+    moved = [abs(x - y).max() for x, y in zip(plain["scores"], together["scores"], strict=True)]
+    assert max(moved) > 1e-3
+
+
 def test_moments_checkpoints_and_users_are_those_of_all_runs(
     runs: tuple[Made, Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

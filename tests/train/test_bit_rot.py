@@ -15,8 +15,8 @@ from dynrec_jax.train import manifest
 from dynrec_jax.train.checkpoint import Checkpoints, open_model
 from dynrec_jax.train.state import TrainState
 
-from . import test_checkpoint
-from .test_checkpoint import equal
+from . import checkpoints as small
+from .checkpoints import equal
 
 STEPS = (3, 6, 9)
 ROWS = 1024
@@ -25,11 +25,11 @@ Damage = Callable[[random.Random, Path, Path], str]
 
 
 def state_of(step: int) -> TrainState:
-    return test_checkpoint.state_of(step, ROWS)
+    return small.state_of(step, ROWS)
 
 
 def abstract() -> dict[str, Any]:
-    return test_checkpoint.abstract(ROWS)
+    return small.abstract(ROWS)
 
 
 @pytest.fixture(scope="module")

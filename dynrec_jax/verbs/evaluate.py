@@ -11,9 +11,11 @@ from rich.table import Table
 
 from dynrec_jax.errors import ConfigError
 from dynrec_jax.parallel.processes import ALONE, Processes, join
+from dynrec_jax.parallel.watchdog import Watchdog
 from dynrec_jax.verbs import compressed, drift, lists, prequential
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.telling import teller, write_json
+from dynrec_jax.verbs.watching import define_watchdog
 
 if TYPE_CHECKING:
     from dynrec_jax.evaluate.compressed import Compression
@@ -66,6 +68,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
     flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
+    define_watchdog(values)
     return values
 
 
@@ -97,17 +100,18 @@ def run(values: flags.FlagValues) -> None:
             )
         _walk(Path(values.workdir), values.prequential, step, values.dataset, values.cache_dir)
         return
-    result = measure(
-        Path(values.workdir),
-        values.split,
-        step,
-        values.dataset,
-        values.cache_dir,
-        processes,
-        values.drift,
-        others,
-        compression,
-    )
+    with Watchdog(processes, values.watchdog):
+        result = measure(
+            Path(values.workdir),
+            values.split,
+            step,
+            values.dataset,
+            values.cache_dir,
+            processes,
+            values.drift,
+            others,
+            compression,
+        )
     if not processes.first:
         return
     parts = result.pop("drift", None)

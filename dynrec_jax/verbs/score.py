@@ -11,13 +11,15 @@ from pathlib import Path
 from absl import flags
 
 from dynrec_jax.errors import ConfigError
-from dynrec_jax.parallel.processes import join
+from dynrec_jax.parallel.processes import Processes, join
+from dynrec_jax.parallel.watchdog import Watchdog
 from dynrec_jax.score.formats import FORMATS
 from dynrec_jax.score.options import LISTS, NEIGHBOURS, POOL, SPLITS, WHAT, ScoreOptions
 from dynrec_jax.verbs import compressed
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
 from dynrec_jax.verbs.evaluate import WITH, parse_step, paths_of
 from dynrec_jax.verbs.telling import teller
+from dynrec_jax.verbs.watching import define_watchdog
 
 SECONDS = 11  # digits of seconds since 1970, up to the year 5138
 
@@ -121,6 +123,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("step", "best", "checkpoint: best, last or a step", flag_values=values)
     flags.DEFINE_string("dataset", None, "where the dataset folder lies now, if it moved", flag_values=values)
     flags.DEFINE_string("cache_dir", None, CACHE_DIR, flag_values=values)
+    define_watchdog(values)
     return values
 
 
@@ -131,15 +134,24 @@ def run(values: flags.FlagValues) -> None:
             raise ConfigError(f"--{name} is missing; expected {what}")
     if values.pool is not None and not (values.diversify or values.calibrate):
         raise ConfigError("--pool: is for --diversify or --calibrate; give one of them, or leave it out")
-    from dynrec_jax import workdir as workdirs
-    from dynrec_jax.score.job import score
-    from dynrec_jax.score.several import open_together
 
     paths = [*(Path(path) for path in values.workdir), *paths_of(values["with"].value)]
     step, options = parse_step(values.step), options_of(values)
     processes = join()
     options = dataclasses.replace(options, compression=compressed.parse(values, processes))
     processes.agree(lambda: _check(values, options, len(paths)))
+    with Watchdog(processes, values.watchdog):
+        _score(values, paths, step, options, processes)
+
+
+def _score(
+    values: flags.FlagValues, paths: list[Path], step: str | int, options: ScoreOptions, processes: Processes
+) -> None:
+    """Scores, and tells what was written."""
+    from dynrec_jax import workdir as workdirs
+    from dynrec_jax.score.job import score
+    from dynrec_jax.score.several import open_together
+
     processes.start_jax()
     keep_programs(processes.agree(lambda: workdirs.open_config(paths[0])), values.cache_dir, processes)
     runs = open_together(

@@ -80,8 +80,20 @@ run_all() {
   done
   left=("${processes[@]}")
   while [ "${#left[@]}" -gt 0 ]; do
-    one=0
-    wait -n -p ended "${left[@]}" || one=$?
+    one=0 ended=""
+    wait -n -p ended "${left[@]}" 2>/dev/null || one=$?
+    if [ -z "${ended:-}" ]; then # several ended at once, and bash has told of them before it was asked
+      ended=""
+      for each in "${left[@]}"; do
+        kill -0 "$each" 2>/dev/null || ended="$each"
+      done
+      if [ -z "$ended" ]; then
+        pause 0.1
+        continue
+      fi
+      one=0
+      wait "$ended" 2>/dev/null || one=$?
+    fi
     still=()
     for each in "${left[@]}"; do
       [ "$each" = "$ended" ] || still+=("$each")

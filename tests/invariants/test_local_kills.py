@@ -11,9 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -49,6 +49,8 @@ pytestmark = [
 class Local:
     """A run that `launch/local.sh` has begun; of `number` processes of 8 / `number` devices each, or of `devices`."""
 
+    all: ClassVar[list["Local"]] = []
+
     def __init__(self, config: Path, workdir: Path, number: int, devices: int = 0):
         self.workdir, self.log = workdir, runs.log_of(workdir)
         environment = {
@@ -59,12 +61,14 @@ class Local:
             "DYNREC_RESTARTS": "6",  # a kill may come before the first new checkpoint
         }
         command = ["bash", str(ROOT / "launch" / "local.sh"), str(number), "train"]
+        Local.all.append(self)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, f"--config={config}", f"--workdir={workdir}", "--watchdog=60"],
                 env=environment,
                 stdout=log,
                 stderr=log,
+                start_new_session=True,
             )
 
     def children(self) -> list[int]:
@@ -76,6 +80,11 @@ class Local:
     def attempts(self) -> list[dict[str, Any]]:
         path = self.workdir / "attempts.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def step(self) -> int:
+        """The last that is in the log."""
+        there = (self.workdir / "metrics.jsonl").exists()
+        return max((line["step"] for line in (runs.lines(self.workdir) if there else [])), default=0)
 
     def wait_for_attempt(self, number: int) -> None:
         self.wait_until(lambda: len(self.attempts()) >= number)
@@ -92,6 +101,17 @@ class Local:
 
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left() -> Iterator[None]:
+    """Kills what a test that failed leaves behind."""
+    yield
+    for local in Local.all:
+        if local.process.poll() is None:
+            os.killpg(local.process.pid, signal.SIGKILL)
+            local.process.wait()
+    Local.all.clear()
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +185,7 @@ def test_told_to_stop_a_run_has_its_last_step_on_the_disk_and_trains_none_twice(
         local = Local(config, workdir, 2)
         local.wait_for_attempt(stop + 1)
         first = local.attempts()[-1]["step"]
-        local.wait_until(lambda first=first: (runs.lines(workdir) or [{"step": 0}])[-1]["step"] > first + 1)
+        local.wait_until(lambda first=first, local=local: local.step() > first + 1)
         time.sleep(draw.uniform(0, 1))
         began = time.monotonic()
         # One of the processes alone, or the script, as a cluster would.

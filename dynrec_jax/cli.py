@@ -17,7 +17,8 @@ from absl import flags
 from dynrec_jax.allocator import restart_with_kept_memory
 from dynrec_jax.errors import ConfigError, one_line, report_errors
 from dynrec_jax.libtpu import hush_without_chips
-from dynrec_jax.parallel.processes import COUNT, several
+from dynrec_jax.parallel.clusters import COUNT, ORIGIN, find
+from dynrec_jax.parallel.processes import several
 
 VERBS = {
     "prepare": "raw logs to a dataset folder",
@@ -52,7 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         restart_with_kept_memory()
     hush_without_chips()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if several():
+    try:
+        one_of_several = several()
+    except ConfigError:
+        one_of_several = False  # `_run` finds it again, and tells it in one line
+    if one_of_several:
         _leave(given)
     return report_errors(lambda: _run(given))
 
@@ -93,8 +98,10 @@ def _run(arguments: list[str]) -> int:
     if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in arguments[1:]):
         print(_help(verb, module))
         return 0
-    if several() and verb in ALONE:
-        raise ConfigError(f"{verb} runs in one process, and this is one of several ({COUNT}); start one")
+    # Tasks of a cluster may each be a worker of one sweep; processes that a launcher made one run may not.
+    said = find(os.environ).get(ORIGIN)
+    if said and verb in ALONE and (verb != "sweep" or os.environ.get(COUNT)):
+        raise ConfigError(f"{verb} runs in one process, and this is one of several ({said}); start one")
     values = _parse(verb, module, arguments[1:])
     _refuse_addresses(verb, values)
     for name in FETCHED.get(verb, ()):

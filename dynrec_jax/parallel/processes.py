@@ -4,8 +4,9 @@ A control channel beside JAX's own: every process holds a TCP connection to proc
 over it. It stands before JAX is started, so that a process that never comes is named instead of aborting all, and
 one process's mistake ends all with its message instead of a hang. Arrays do not go this way.
 
-The launcher sets three environment variables: `JAX_COORDINATOR_ADDRESS` (`host:port` of process 0),
-`JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (from 0).
+Three environment variables say who is there: `JAX_COORDINATOR_ADDRESS` (`host:port` of process 0),
+`JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (from 0). The launcher sets them, or they are derived from what the cluster
+sets (`dynrec_jax.parallel.clusters`).
 """
 
 import contextlib
@@ -20,11 +21,11 @@ from typing import Any, TypeVar
 
 from dynrec_jax.errors import ConfigError, DataError, MachineError, NonFiniteError, UserError, one_line
 from dynrec_jax.files import temporary_name
+from dynrec_jax.parallel.clusters import ADDRESS, COUNT, INDEX, ORIGIN, find
 from dynrec_jax.parallel.pulse import Pulse
 
 Result = TypeVar("Result")
 
-ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 JOIN_SECONDS = 45.0  # until a process that has not come is given up
 HEARTBEAT_SECONDS = 900  # of JAX, which names nobody: the watchdog is quicker
 SHUTDOWN_SECONDS = 30  # that a process which is done waits for the others
@@ -151,6 +152,8 @@ class Processes:
                 self.count,
                 self.index,
                 initialization_timeout=int(JOIN_SECONDS),
+                # Who is there is known. What JAX finds in Slurm's variables would leave each process one GPU only.
+                cluster_detection_method="deactivate",
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             )
@@ -172,23 +175,32 @@ def join(environment: Mapping[str, str] = os.environ, seconds: float = JOIN_SECO
       ConfigError: the variables contradict each other.
       MachineError: a process did not come in time; which one is said.
     """
-    address, count, index = _read(environment)
+    found = find(environment)
+    address, count, index = _read(found)
     if count == 1:
         return ALONE
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + seconds
-    if index == 0:
-        return _gather(host, int(port), count, deadline, seconds)
-    return _call(host, int(port), index, count, deadline, seconds)
+    try:
+        if index == 0:
+            return _gather(host, int(port), count, deadline, seconds)
+        return _call(host, int(port), index, count, deadline, seconds)
+    except MachineError as error:
+        # Where an older job left them, the process that is waited for was never to come.
+        raise MachineError(f"{error} (this process goes by {found[ORIGIN]})") from None
 
 
 def several(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launcher says that this is one process of several."""
-    return environment.get(COUNT, "1").strip() not in ("", "1")
+    """Whether the launcher or the cluster says that this is one process of several.
+
+    Raises:
+      ConfigError: the variables contradict each other.
+    """
+    return bool(find(environment))
 
 
 def _read(environment: Mapping[str, str]) -> tuple[str, int, int]:
-    if not several(environment):
+    if not environment:
         return "", 1, 0
     numbers = {}
     for name in (COUNT, INDEX):

@@ -32,7 +32,8 @@ class Pretended:
     def __init__(self, folder: Path, behaviour: str, trap: str = ":"):
         self.folder = folder
         (folder / "launch").mkdir()
-        shutil.copy(ROOT / "launch" / "local.sh", folder / "launch")
+        for name in ("local.sh", "local.py"):
+            shutil.copy(ROOT / "launch" / name, folder / "launch")
         (folder / "launch" / "environment.sh").write_text("")
         dynrec = folder / "bin" / "dynrec"
         dynrec.parent.mkdir()

@@ -1,4 +1,4 @@
-"""What `local.sh` does once there is an environment: starts the processes of one run, watches them, starts them again."""
+"""What `local.sh` does once there is an environment: starts the processes of one run, watches and restarts them."""
 
 import os
 import signal

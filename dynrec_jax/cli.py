@@ -1,7 +1,7 @@
 """The console script `dynrec VERB`: flags, one call, and an exit status.
 
 0: done, and `--help`. 2: a user's mistake, one line on standard error. 1: a fault of the machine, one line, or
-our own, with its traceback.
+our own, with its traceback. 75: a run that was told to stop (SIGTERM) has its state on the disk, and goes on.
 """
 
 import importlib

@@ -1,5 +1,6 @@
 """What `local.sh` does once there is an environment: starts the processes of one run, watches and restarts them."""
 
+import itertools
 import os
 import signal
 import socket
@@ -102,6 +103,7 @@ def workdir_of(arguments: Sequence[str]) -> Path | None:
     if arguments[:1] != ["train"]:
         return None
     named = [word.partition("=")[2] for word in arguments if word.lstrip("-").startswith("workdir=")]
+    named += [value for word, value in itertools.pairwise(arguments) if word in ("--workdir", "-workdir")]
     return Path(named[-1]) if named else None
 
 
@@ -113,7 +115,7 @@ def main(number: int, arguments: Sequence[str]) -> int:
         before = None if workdir is None else newest(workdir)
         status = run(number, arguments, told)
         if told.by is not None:
-            return status if status in (0, GOES_ON) else 128 + told.by
+            return status if status in (0, MISTAKE, GOES_ON) else 128 + told.by
         if workdir is None or status in (0, MISTAKE):
             return status
         after = newest(workdir)

@@ -228,7 +228,9 @@ class Recommender:
         if self._model.rows_are_vectors:
             vectors_RxD = tables[ID_TABLE]
         else:
-            known = {**self._items.place(self.mesh), **self._items.encoded(params, self.mesh)}
+            with self._processes.pulse.at("texts"):
+                encoded = jax.block_until_ready(self._items.encoded(params, self.mesh))
+            known = {**self._items.place(self.mesh), **encoded}
             with jax.set_mesh(self.mesh):
                 vectors_RxD = self._catalogue(params, tables, known)
         if self._model.shrinkage:

@@ -24,6 +24,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ LINGER_SECONDS = 0.3  # until the others have read why this process ends
 SILENT_TICKS = 4  # after which a process, where all stand still, is the one that is the reason
 COMPILE_SECONDS = 3_600.0  # that a compiler may take, of which there is no sign of life
 LONG = 10  # so many times longer may take what gives few signs of life:
-LONG_PHASES = ("start", "texts", "save")
+LONG_PHASES = ("start", "restore", "texts", "save", "copy")
 
 
 class Watchdog:
@@ -59,6 +60,7 @@ class Watchdog:
         self._lines: dict[int, _Line] = {}
         self._standing: dict[int, _Standing] = {}
         self._counts: dict[int, int] | None = None  # by process, while it is settled where to stop
+        self._settled = False
         self._verdict: _Verdict | None = None
         self._told = False
         self._gone = threading.Event()
@@ -77,6 +79,8 @@ class Watchdog:
             self._before = (
                 signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False),
                 signal.signal(signal.SIGTERM, lambda number, frame: None),
+                # By it somebody asks for a recording, perhaps before there is anything to record.
+                signal.signal(signal.SIGUSR1, lambda number, frame: None),
             )
         self._thread.start()
         return self
@@ -98,6 +102,7 @@ class Watchdog:
         if self._before is not None:
             signal.set_wakeup_fd(self._before[0])
             signal.signal(signal.SIGTERM, self._before[1])
+            signal.signal(signal.SIGUSR1, self._before[2])
         self._wake.close()
 
     def stop_here(self) -> bool:
@@ -105,6 +110,14 @@ class Watchdog:
         return self._gate.passes()
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception:  # a run that nobody watches any more still goes on
+            traceback.print_exc()
+            self._gone.set()
+            self._gate.stop_at(math.inf)
+
+    def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._woken, selectors.EVENT_READ, None)
             for index, line in self._lines.items():
@@ -175,6 +188,8 @@ class Watchdog:
                 standing.done = True
                 if self._counts is not None:
                     self._settle_if_all()
+                if not self._processes.first:  # nobody settles any more where to stop
+                    self._gate.stop_at(math.inf)
                 if value is not None:
                     status, phase, step, text = value
                     self._found(
@@ -214,20 +229,24 @@ class Watchdog:
             ((index, self._clock - each.heard) for index, each in there.items()), key=lambda one: one[1]
         )
         allowed = max(self._allowed(each.seen) for each in there.values())
-        # Of all processes, process 0 alone sees what the others do.
-        still = self._processes.first and all(self._clock - each.moved > allowed for each in there.values())
+        # Of all processes, process 0 alone sees what the others do; without it, each looks after itself.
+        sees = self._processes.first or self._standing[0].done
+        still = sees and all(self._clock - each.moved > allowed for each in there.values())
         if longest > self._seconds or (still and longest > SILENT_TICKS * TICK_SECONDS):
             last = there[silent].seen.told()
             what = f"has not been heard of for {longest:.0f} s; the last was: {last}"
-            self._found(_Verdict(AGAIN, self._named(silent), what, stacks=True))
+            self._found(_Verdict(1, self._named(silent), what, stacks=True))
         elif still:
             # The one that the others wait for: not in a step that all make together, and of the fewest steps.
             index, each = min(
                 there.items(),
-                key=lambda one: (one[1].seen.waits, one[1].seen.phase == "step", one[1].seen.step),
+                key=lambda one: (
+                    *(one[1].seen.waits, one[1].seen.phase == "step", one[1].seen.step),
+                    one[1].moved,
+                ),
             )
             what = f"shows no sign of life for {allowed:.0f} s, {each.seen.told()}"
-            self._found(_Verdict(AGAIN, self._named(index), what, stacks=True))
+            self._found(_Verdict(1, self._named(index), what, stacks=True))
 
     def _allowed(self, seen: Seen) -> float:
         if seen.compiles:
@@ -285,8 +304,9 @@ class Watchdog:
     def _settle_if_all(self) -> None:
         assert self._counts is not None
         done = [index for index, each in self._standing.items() if each.done]
-        if len(self._counts.keys() | done) < self._processes.count:
+        if self._settled or len(self._counts.keys() | done) < self._processes.count:
             return
+        self._settled = True
         # 0: nobody has done anything yet that is not on the disk. Where one is done, the others soon are.
         most = max(self._counts.values())
         at = math.inf if done else most + 1 if most else 0

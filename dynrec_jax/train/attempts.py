@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dynrec_jax.errors import MachineError
+from dynrec_jax.errors import HeldRunError
 from dynrec_jax.files import sync
 
 FILE = "attempts.jsonl"
@@ -33,7 +33,13 @@ class Attempt(NamedTuple):
 
 
 def begin(folder: Path, step: int, processes: int) -> Attempt:
-    """Notes a start in a run folder; from now on no earlier one may write checkpoints there."""
+    """Notes a start in a run folder; from now on no earlier one may write checkpoints there.
+
+    Args:
+      folder: the run folder.
+      step: of the newest checkpoint there.
+      processes: how many there are.
+    """
     path, now = folder / FILE, time.time()
     earlier = _read(path)
     attempt = Attempt(len(earlier), secrets.token_hex(8), float(earlier[0]["began"]) if earlier else now)
@@ -56,21 +62,34 @@ def begin(folder: Path, step: int, processes: int) -> Attempt:
 
 
 def check_current(folder: Path, attempt: Attempt) -> None:
-    """Raises MachineError where the run was started again elsewhere, by somebody to whom this one seemed dead."""
+    """Raises HeldRunError where the run was started again elsewhere, by somebody to whom this one seemed dead."""
     newest = (_read(folder / FILE) or [{}])[-1]
     if newest.get("token") != attempt.token:
-        raise MachineError(
-            f"{folder}: this run was started again by process {newest.get('pid')} of {newest.get('machine')}, and goes "
-            "on there; this process has written nothing since, and ends"
+        by = (
+            f" by process {newest['pid']} of {newest['machine']}"
+            if {"pid", "machine"} <= newest.keys()
+            else ""
+        )
+        raise HeldRunError(
+            f"{folder}: this run was started again{by}, and goes on there; this process has written nothing since, and "
+            "ends"
         )
 
 
+def tokens(text: str) -> list[str]:
+    """The tokens of the starts that a file's text lists, the first start's first."""
+    return [str(line["token"]) for line in _lines(text)]
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
-    found = []
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        return _lines(path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         return []
+
+
+def _lines(text: str) -> list[dict[str, Any]]:
+    found = []
     for line in text.splitlines():
         try:
             read = json.loads(line)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dynrec_jax.errors import DataError, MachineError
+from dynrec_jax.errors import DataError, HeldRunError, MachineError
 from dynrec_jax.files import sync
 from dynrec_jax.parallel.digest import digests
 from dynrec_jax.parallel.processes import ALONE, Processes
@@ -56,6 +56,7 @@ class Checkpoints:
         processes: Processes = ALONE,
         say: Say | None = None,
         may_write: Callable[[], None] = lambda: None,
+        start: str = "",
     ):
         """Opens `folder`, makes it where it is not there, and clears what a killed save left behind.
 
@@ -64,10 +65,12 @@ class Checkpoints:
           keep_last: how many of the latest are kept.
           processes: that train together.
           say: takes a line for the user; standard error where it is None.
-          may_write: raises where process 0 may write here no longer; called before a checkpoint gets its name.
+          may_write: raises where process 0 may write here no longer; called before a save begins, and before it gets
+            its name.
+          start: names this start of the run, the same in all processes: no two write to the same files.
         """
         self._folder, self._keep_last, self._processes = folder, keep_last, processes
-        self._may_write = may_write
+        self._may_write, self._start = may_write, start
         self._say = say or _to_stderr
         self._reader = Reader(folder, processes)
         processes.first_does(self._tidy)
@@ -120,7 +123,8 @@ class Checkpoints:
         # A copy, by way of JSON: it is written in the background, and the run goes on changing its own.
         progress = json.loads(json.dumps(progress))
         body = Manifest(step, None if value is None else float(value), progress, told, {})
-        save = self._save = Save(body, self._folder / f"{step}{arrays.UNFINISHED}-{next(self._numbers)}")
+        name = f"{step}{arrays.UNFINISHED}-{self._start}{next(self._numbers)}"
+        save = self._save = Save(body, self._folder / name)
         save.attempt(lambda: self._prepare(save, before))
         stands = self._processes.exchange(save.stands())
         if stands != [DONE] * self._processes.count:
@@ -240,7 +244,9 @@ class Checkpoints:
     def _prepare(self, save: Save, before: Callable[[], None]) -> None:
         before()
         if self._processes.first:
-            self._tidy()
+            self._may_write()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self._folder, self._start)
             arrays.make_folders(save.folder, TREES)
 
     def _commit(self, save: Save) -> None:
@@ -285,7 +291,7 @@ class Checkpoints:
             self._outcomes.append(Outcome(step, None))
             return
         if self._processes.first:
-            remove_unfinished(self._folder)
+            remove_unfinished(self._folder, self._start)
         full, passing = (
             next((one[what] for one in faults.values() if one[what]), None) for what in ("full", "passing")
         )
@@ -296,6 +302,8 @@ class Checkpoints:
             self._outcomes.append(Outcome(step, full))
             return
         index, one = min(faults.items())
+        if one["held"]:
+            raise HeldRunError(one["told"]) from save.error
         if save.error is not None:
             if not of_the_disk(save.error):
                 raise save.error

@@ -7,17 +7,22 @@ for a run to end: what cannot be written is told, and tried again with the next 
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dynrec_jax.data.remote import fetched, is_remote, reason, store_of, without_secrets
-from dynrec_jax.errors import ConfigError, MachineError, Preempted
+from dynrec_jax.errors import ConfigError, HeldRunError, MachineError, Preempted
 from dynrec_jax.files import LOCK, is_temporary
+from dynrec_jax.parallel.pulse import Pulse
 from dynrec_jax.train import manifest
+from dynrec_jax.train.attempts import FILE, tokens
 
 CHECKPOINTS = "checkpoints"
-OWN = ("damaged", LOCK)  # what stays on this machine
+DAMAGED = "damaged"
+OWN = (DAMAGED, LOCK)  # what stays on this machine
 END_SECONDS = 600.0  # that the last copy may take behind the end of a run
 
 
@@ -34,29 +39,37 @@ def begin_from(address: str, folder: Path, cache_dir: str = "") -> bool:
     """Makes a run folder that is not there yet from its copy; returns whether it did.
 
     Raises:
+      ConfigError: what lies at the address is no copy of the run that is here.
       DataError: there is no such store.
       MachineError: the store cannot be read, or the disk is full.
     """
-    if (folder / "config.json").exists():
-        return False
     files, root = store_of(address)
+    told, root = without_secrets(address), root.rstrip("/")
     try:
         files.invalidate_cache()
-        if not files.exists(f"{root.rstrip('/')}/config.json"):
+        if not files.exists(f"{root}/config.json"):
             return False
+        there = tokens(_text(files, f"{root}/{FILE}"))
     except Exception as error:  # each store has its own kinds
-        raise MachineError(f"{without_secrets(address)}: cannot be read ({reason(error)})") from None
-    here = fetched(address, cache_dir)
+        raise MachineError(f"{told}: cannot be read ({reason(error)})") from None
+    if (folder / "config.json").exists():
+        here = tokens((folder / FILE).read_text(encoding="utf-8")) if (folder / FILE).exists() else []
+        if here[:1] != there[:1] or not here:
+            raise ConfigError(
+                f"--copy_to={told}: holds the copy of another run than {folder}; give an address where nothing is"
+            )
+        return False
+    copied = fetched(address, cache_dir)
     # The config comes last: with it a folder is a run.
-    for path in sorted(_parts(here), key=lambda path: path.name == "config.json"):
-        place = folder / path.relative_to(here)
+    for path in sorted(_parts(copied), key=lambda path: path.name == "config.json"):
+        place = folder / path.relative_to(copied)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
     return True
 
 
 @contextmanager
-def kept(folder: Path, address: str) -> Iterator[Callable[[], None]]:
+def kept(folder: Path, address: str, pulse: Pulse) -> Iterator[Callable[[], None]]:
     """Gives what has the copy of a run folder brought up to date; it is so at the end, unless that comes by an error.
 
     Raises:
@@ -66,9 +79,9 @@ def kept(folder: Path, address: str) -> Iterator[Callable[[], None]]:
     try:
         yield copies.update
     except Preempted:
-        copies.close()
+        copies.close(pulse)
         raise
-    copies.close()
+    copies.close(pulse)
 
 
 class Copies:
@@ -80,6 +93,8 @@ class Copies:
         self._told = without_secrets(address)
         self._files, root = store_of(address)
         self._root = root.rstrip("/")
+        self._sent: dict[str, tuple[int, int]] = {}  # small files: when they were changed, and their size
+        self._steps: dict[str, bytes] = {}  # what was copied of checkpoints: their manifests
         self._new, self._ending, self._owed = threading.Event(), False, False
         self._thread = threading.Thread(target=self._run, name="copies", daemon=True)
         self._thread.start()
@@ -88,11 +103,15 @@ class Copies:
         """Has what is new copied, in the background."""
         self._new.set()
 
-    def close(self) -> None:
+    def close(self, pulse: Pulse) -> None:
         """Copies the rest, and returns when all is there; raises MachineError where that cannot be."""
         self._ending = True
         self._new.set()
-        self._thread.join(END_SECONDS)
+        until = time.monotonic() + END_SECONDS
+        with pulse.at("copy"):
+            while self._thread.is_alive() and time.monotonic() < until:
+                self._thread.join(1.0)
+                pulse.beat()
         if self._owed or self._thread.is_alive():
             raise MachineError(
                 f"{self._told}: the copy of {self._folder} is not up to date; what is here is whole, and the same "
@@ -117,35 +136,72 @@ class Copies:
 
     def _copy(self) -> None:
         self._files.invalidate_cache()
-        there = self._there()
+        self._check_ours()
+        steps: dict[str, list[Path]] = {}
         for path in _parts(self._folder):
-            name = path.relative_to(self._folder).as_posix()
-            done = name.startswith(f"{CHECKPOINTS}/") and path.name != manifest.NAME
-            try:
-                # What a checkpoint holds does not change any more, but for its manifest.
-                if not done or there.get(name) != path.stat().st_size:
-                    self._files.put_file(str(path), f"{self._root}/{name}")
-            except FileNotFoundError:
-                if path.exists():
-                    raise
-                # The run has retired that checkpoint in the meantime.
-        for step in {name.split("/")[1] for name in there if name.startswith(f"{CHECKPOINTS}/")}:
-            if not (self._folder / CHECKPOINTS / step).is_dir():
+            name = path.relative_to(self._folder)
+            if name.parts[0] == CHECKPOINTS:
+                steps.setdefault(name.parts[1], []).append(path)
+                continue
+            stamp = path.stat().st_mtime_ns, path.stat().st_size
+            if self._sent.get(str(name)) != stamp:
+                self._files.put_file(str(path), f"{self._root}/{name.as_posix()}")
+                self._sent[str(name)] = stamp
+        for step, paths in steps.items():
+            self._copy_step(step, paths)
+        # Those alone that this run has retired: what else lies there may be all that is left of a step.
+        for step in [step for step in self._steps if not (self._folder / CHECKPOINTS / step).is_dir()]:
+            if not (self._folder / DAMAGED / step).exists():
                 self._files.rm(f"{self._root}/{CHECKPOINTS}/{step}", recursive=True)
+            del self._steps[step]
 
-    def _there(self) -> dict[str, int]:
+    def _copy_step(self, step: str, paths: list[Path]) -> None:
+        """A checkpoint: without a manifest until all else is there."""
+        place = f"{self._root}/{CHECKPOINTS}/{step}"
         try:
-            found = self._files.find(self._root, detail=True)
+            own = (self._folder / CHECKPOINTS / step / manifest.NAME).read_bytes()
+            if self._steps.get(step) == own or _bytes(self._files, f"{place}/{manifest.NAME}") == own:
+                self._steps[step] = own
+                return
+            if self._files.exists(place):  # of another start, or cut short
+                self._files.rm(place, recursive=True)
+            for path in paths:
+                self._files.put_file(str(path), f"{self._root}/{path.relative_to(self._folder).as_posix()}")
+            self._steps[step] = own
         except FileNotFoundError:
-            return {}
-        return {name.removeprefix(f"{self._root}/"): int(info["size"]) for name, info in found.items()}
+            if all(path.exists() for path in paths):
+                raise
+            # The run has retired that checkpoint in the meantime.
+
+    def _check_ours(self) -> None:
+        """Raises HeldRunError where a start that is not known here has written there."""
+        there = tokens(_text(self._files, f"{self._root}/{FILE}"))
+        own = (
+            tokens((self._folder / FILE).read_text(encoding="utf-8"))
+            if (self._folder / FILE).exists()
+            else []
+        )
+        if not set(there) <= set(own):
+            raise HeldRunError("the run was started again elsewhere, and goes on there")
+
+
+def _bytes(files: Any, place: str) -> bytes:
+    try:
+        return bytes(files.cat_file(place))
+    except FileNotFoundError:
+        return b""
+
+
+def _text(files: Any, place: str) -> str:
+    return _bytes(files, place).decode(errors="replace")
 
 
 def _parts(folder: Path) -> Iterator[Path]:
     """The files of a run folder that belong into a copy; of a checkpoint the manifest last."""
 
     def order(path: Path) -> tuple[bool, bool, Path]:
-        return path.is_relative_to(folder / CHECKPOINTS), path.name == manifest.NAME, path
+        # With a config a folder is a run, and with a manifest a checkpoint is one.
+        return path.is_relative_to(folder / CHECKPOINTS), path.name in (manifest.NAME, "config.json"), path
 
     for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=order):
         parts = path.relative_to(folder).parts

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import ml_collections
 import numpy as np
 
-from dynrec_jax.errors import MachineError, NonFiniteError
+from dynrec_jax.errors import MachineError, NonFiniteError, one_line
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.parallel.pulse import Pulse
 from dynrec_jax.train.attempts import PERCENTS, SPENT, StepClock
@@ -184,7 +184,7 @@ class EvaluateHook:
             with self._pulse.at("evaluation"), nullcontext() if self._clock is None else self._clock.aside():
                 measured = self._evaluator.metrics(**state.served)
         except Interrupted:
-            self.interrupted = True
+            self.interrupted, self._pulse.failed = True, None
             return None
         self.value = measured[self._metric]
         self.standing["evaluated"] = step
@@ -281,7 +281,11 @@ class CheckpointHook:
 
     def measured_later(self, step: int) -> None:
         """Has the checkpoint of a step that was left without its metric say what was measured now."""
-        self._checkpoints.amend(step, self._progress(step), self._evaluation.value)
+        try:
+            self._log.settle()
+            self._checkpoints.amend(step, self._progress(step), self._evaluation.value)
+        except (OSError, MachineError) as error:  # it is measured again when the run starts again from there
+            self._checkpoints.say(f"step {step}: its metric could not be noted ({one_line(error)})")
 
     def _progress(self, step: int) -> dict[str, Any]:
         return {"step": step, "standing": self._evaluation.standing}

@@ -115,13 +115,16 @@ def train(
     with contextlib.ExitStack() as opened:
         shown = Progress("training", config.train.steps, quiet=not processes.first)
         progress_bar = opened.enter_context(shown)
-        attempts: list[Attempt] = []  # of process 0, once the step is known from which it goes on
+        attempts: list[Attempt] = []  # of process 0
+        processes.first_does(lambda: attempts.append(begin(folder, newest(folder), processes.count)))
+        token = processes.exchange(attempts[0].token if attempts else "")[0]
         checkpoints = Checkpoints(
             folder / "checkpoints",
             config.train.keep_last,
             processes,
             progress_bar.say,
             lambda: check_current(folder, attempts[0]),
+            f"{token}-",
         )
         opened.enter_context(contextlib.closing(checkpoints))
         _count(config, histories.dataset, folder, processes, progress_bar)
@@ -138,7 +141,6 @@ def train(
             state, progress = found
             start, standing = progress["step"], progress["standing"]
         processes.pulse.step = start
-        processes.first_does(lambda: attempts.append(begin(folder, start, processes.count)))
         progress_bar.goes_on(start)
         writer = (
             MetricsWriter(folder, start, Trackers(config, folder, start, progress_bar.say))
@@ -177,6 +179,11 @@ def train(
             step = run(state, made.step, stream, refresh, hooks, left, progress_bar, pace)
         checkpoints.wait()
     return {"step": step, **standing}
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint in a run folder, 0 where there is none."""
+    return max((int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()), default=0)
 
 
 def _measure_owed(step: int, state: TrainState, evaluation: EvaluateHook, saving: CheckpointHook) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynrec_jax.errors import one_line
+from dynrec_jax.errors import HeldRunError, one_line
 from dynrec_jax.files import sync, sync_tree
 from dynrec_jax.train import arrays, manifest
 from dynrec_jax.train.manifest import Manifest
@@ -61,7 +61,7 @@ class Save:
         if self.error is None:
             return DONE
         found = {"full": full_disk(self.error), "passing": words_in(self.error, PASSING)}
-        return {**found, "told": one_line(self.error)}
+        return {**found, "held": isinstance(self.error, HeldRunError), "told": one_line(self.error)}
 
     def write(self, trees: Mapping[str, Any], then: Callable[[], None]) -> None:
         """Copies this process's part to the host; writes it in the background, and does what comes then."""
@@ -120,7 +120,7 @@ def remove(folder: Path) -> None:
         shutil.rmtree(going, ignore_errors=True)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Removes what saves that failed or were killed have left."""
-    for path in folder.glob(f"*{arrays.UNFINISHED}*"):
+def remove_unfinished(folder: Path, start: str = "") -> None:
+    """Removes what saves that failed or were killed have left; those of one start alone, where it is named."""
+    for path in folder.glob(f"*{arrays.UNFINISHED}*{start and f'{start}*'}"):
         shutil.rmtree(path, ignore_errors=True)

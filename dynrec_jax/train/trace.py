@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from dynrec_jax.errors import one_line
 from dynrec_jax.train.hooks import Metrics
 from dynrec_jax.train.progress import Progress
 from dynrec_jax.train.state import TrainState
@@ -51,11 +52,19 @@ class TraceHook:
         if self._asked and not last and self._until is None:
             self._asked, self._until = False, step + STEPS
             place = self._folder / f"step{step + 1}-process{self._process}"
-            jax.profiler.start_trace(str(place))
-            self._progress.say(f"recording steps {step + 1} to {step + STEPS} in {place}")
+            try:
+                jax.profiler.start_trace(str(place))
+            except (OSError, RuntimeError, ValueError) as error:
+                self._until = None
+                self._progress.say(f"{place}: nothing can be recorded ({one_line(error)})")
+            else:
+                self._progress.say(f"recording steps {step + 1} to {step + STEPS} in {place}")
         return None
 
     def _end(self) -> None:
         if self._until is not None:
             self._until = None
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError, ValueError) as error:
+                self._progress.say(f"{self._folder}: nothing was recorded ({one_line(error)})")

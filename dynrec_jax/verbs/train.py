@@ -9,7 +9,7 @@ import ml_collections
 from absl import flags
 
 from dynrec_jax.config import describes_items
-from dynrec_jax.errors import ConfigError
+from dynrec_jax.errors import ConfigError, Preempted
 from dynrec_jax.parallel.processes import ALONE, Processes, join
 from dynrec_jax.parallel.watchdog import Watchdog
 from dynrec_jax.verbs.caches import CACHE_DIR, keep_programs
@@ -128,13 +128,21 @@ def train(
         from dynrec_jax.models.towers.text import keep_text_model
 
         processes.first_does(lambda: keep_text_model(config, dataset, workdir))
-    with contextlib.ExitStack() as opened:
-        opened.enter_context(workdirs.locked(workdir, processes))
-        kept = (
-            copies.kept(workdir, copy_to) if copy_to and processes.first else contextlib.nullcontext(_nothing)
-        )
-        saved = opened.enter_context(kept)
-        standing = loop.train(config, histories, workdir, mesh, processes, watch, stop_here, saved)
+    try:
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(workdirs.locked(workdir, processes))
+            kept = (
+                copies.kept(workdir, copy_to, processes.pulse)
+                if copy_to and processes.first
+                else contextlib.nullcontext(_nothing)
+            )
+            saved = opened.enter_context(kept)
+            standing = loop.train(config, histories, workdir, mesh, processes, watch, stop_here, saved)
+    except Preempted:
+        processes.exchange(None)
+        raise
+    # JAX gives those who leave first half a minute until all do, and process 0 may still copy.
+    processes.exchange(None)
     if not processes.first:
         return standing
     best = standing.get("best")

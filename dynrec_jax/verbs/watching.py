@@ -10,8 +10,8 @@ def define_watchdog(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "watchdog",
         SECONDS,
-        "seconds without a sign of life after which a run is taken to be stuck and ended, with exit status 75; start, "
-        "texts and checkpoints may take ten times as long, a compiler an hour; 0: never",
+        "seconds without a sign of life after which a run is taken to be stuck and ended; start, texts, checkpoints "
+        "and what evaluate and score do may take ten times as long, a compiler an hour; 0: never",
         lower_bound=0.0,
         flag_values=values,
     )

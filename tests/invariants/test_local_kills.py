@@ -215,7 +215,7 @@ def test_more_processes_go_on_with_the_same_batches(folder: Path, config: Path, 
     local.wait_until(lambda: bool(runs.saved(local.workdir)))
     local.process.terminate()
     assert local.finish() == 75, local.said()
-    (stopped,) = [max(runs.saved(local.workdir))]
+    stopped = max(runs.saved(local.workdir))
     local = Local(config, local.workdir, 4, devices=1)  # another mesh as well: 4 devices in place of 8
     assert local.finish() == 0, local.said()
     assert [(each["step"], each["processes"]) for each in local.attempts()] == [(0, 2), (stopped, 4)]

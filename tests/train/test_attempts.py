@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dynrec_jax.errors import MachineError
+from dynrec_jax.errors import HeldRunError
 from dynrec_jax.train import attempts
 from dynrec_jax.train.attempts import StepClock, begin, check_current, percentiles
 
@@ -29,7 +29,7 @@ def test_the_newest_start_alone_may_write(tmp_path: Path):
     check_current(tmp_path, one)
     two = begin(tmp_path, 40, 4)
     check_current(tmp_path, two)
-    with pytest.raises(MachineError, match=f"{tmp_path}: this run was started again by process [0-9]+ of"):
+    with pytest.raises(HeldRunError, match=f"{tmp_path}: this run was started again by process [0-9]+ of"):
         check_current(tmp_path, one)
     lines = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
     assert [(line["attempt"], line["step"], line["processes"]) for line in lines] == [(0, 0, 2), (1, 40, 4)]

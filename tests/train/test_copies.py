@@ -1,13 +1,17 @@
 """The copy of a run in an object store: whole checkpoints alone, up to date at the end, and enough to go on with."""
 
+import contextlib
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from dynrec_jax.errors import MachineError, Preempted
+from dynrec_jax.errors import ConfigError, MachineError, Preempted
+from dynrec_jax.parallel.pulse import Pulse
+from dynrec_jax.train import attempts
 from dynrec_jax.train.copies import Copies, begin_from, kept
 
 from ..commands import dynrec, experiment, make, one_line
@@ -59,15 +63,21 @@ WHOLE = {
 }
 
 
-def test_what_belongs_to_a_run_is_copied_and_what_is_gone_goes(store: fsspec.AbstractFileSystem, run: Path):
-    with kept(run, ADDRESS) as update:
+@pytest.mark.parametrize("end", [None, Preempted])
+def test_what_belongs_to_a_run_is_copied_and_what_is_gone_goes(
+    store: fsspec.AbstractFileSystem, run: Path, end: type[Exception] | None
+):
+    with contextlib.suppress(Preempted), kept(run, ADDRESS, Pulse()) as update:
         update()
-    assert there(store) == WHOLE
-    (run / "metrics.jsonl").write_text("one\ntwo")
-    shutil.copytree(run / "checkpoints" / "5", run / "checkpoints" / "10")
-    shutil.rmtree(run / "checkpoints" / "5")
-    with pytest.raises(Preempted), kept(run, ADDRESS):
-        raise Preempted
+        deadline = time.monotonic() + 20
+        while there(store) != WHOLE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        (run / "metrics.jsonl").write_text("one\ntwo")
+        shutil.copytree(run / "checkpoints" / "5", run / "checkpoints" / "10")
+        shutil.rmtree(run / "checkpoints" / "5")
+        if end is not None:
+            raise end
     found = there(store)
     assert found["metrics.jsonl"] == "one\ntwo"
     assert {name for name in found if "checkpoints" in name} == {
@@ -86,11 +96,12 @@ def test_a_manifest_goes_last_and_what_has_not_changed_stays(
         put(self, source, target, **more)
 
     monkeypatch.setattr(type(store), "put_file", noted)
-    with kept(run, ADDRESS):
+    with kept(run, ADDRESS, Pulse()):
         pass
     assert order[-1] == "checkpoints/5/manifest.json"
+    assert order.index("run.json") < order.index("config.json") < order.index("checkpoints/5/model/d/a")
     order.clear()
-    with kept(run, ADDRESS):
+    with kept(run, ADDRESS, Pulse()):
         pass
     assert "checkpoints/5/model/d/a" not in order
 
@@ -110,13 +121,13 @@ def test_a_store_that_fails_for_a_while_is_no_reason_to_end(
     one = Copies(run, ADDRESS, said.append)
     one.update()
     with pytest.raises(MachineError, match="is not up to date; what is here is whole"):
-        one.close()
+        one.close(Pulse())
     assert "config.json" not in there(store)
     down.clear()
     assert all(
         "cannot be written (TimeoutError: the store does not answer); tried again" in line for line in said
     )
-    Copies(run, ADDRESS, said.append).close()
+    Copies(run, ADDRESS, said.append).close(Pulse())
     assert there(store) == WHOLE
 
 
@@ -137,6 +148,41 @@ def test_a_machine_without_the_run_goes_on_with_the_copy(
     assert "going on from step 3" in capsys.readouterr().err
     assert not begin_from(ADDRESS, made.workdir)
     assert {"checkpoints/6/manifest.json", "config.json", "attempts.jsonl"} <= there(store).keys()
+
+
+def test_what_was_cut_short_there_is_made_anew_and_what_is_not_ours_stays(
+    store: fsspec.AbstractFileSystem, run: Path
+):
+    root = "/bucket/runs/shop/checkpoints"
+    store.pipe(f"{root}/5/model/d/a", b"WEIGHTS")  # as long as ours, of another start
+    store.pipe(f"{root}/5/model/d/b", b"a file that ours has not")
+    store.pipe(f"{root}/3/manifest.json", b"of an earlier start")
+    with kept(run, ADDRESS, Pulse()):
+        pass
+    assert there(store) == {**WHOLE, "checkpoints/3/manifest.json": "of an earlier start"}
+    # Set aside here since it was damaged here; there it may be whole.
+    with kept(run, ADDRESS, Pulse()) as update:
+        shutil.move(run / "checkpoints" / "5", run / "damaged" / "5")
+        update()
+    assert "checkpoints/5/manifest.json" in there(store)
+
+
+def test_the_copy_of_another_run_is_left_alone(store: fsspec.AbstractFileSystem, run: Path, tmp_path: Path):
+    attempts.begin(run, 0, 1)
+    with kept(run, ADDRESS, Pulse()):
+        pass
+    assert not begin_from(ADDRESS, run)
+    before, other = there(store), tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "attempts.jsonl").unlink()
+    attempts.begin(other, 0, 1)
+    with pytest.raises(ConfigError, match="holds the copy of another run than"):
+        begin_from(ADDRESS, other)
+    said: list[str] = []
+    with pytest.raises(MachineError, match="is not up to date"):
+        Copies(other, ADDRESS, said.append).close(Pulse())
+    assert "started again elsewhere" in said[0]
+    assert there(store) == before
 
 
 def test_a_copy_that_cannot_be_is_refused_before_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dynrec_jax.data.cache import Histories
-from dynrec_jax.errors import MachineError, Preempted
+from dynrec_jax.errors import HeldRunError, Preempted
 from dynrec_jax.models.model import make_bstm
 from dynrec_jax.parallel.mesh import Feed
 from dynrec_jax.train import attempts, loop
@@ -195,7 +195,7 @@ def test_who_was_taken_for_dead_writes_no_checkpoint(train, tmp_path: Path):
 
         return run
 
-    with pytest.raises(MachineError, match="was started again by process"):
+    with pytest.raises(HeldRunError, match="was started again by process"):
         train(tmp_path, elsewhere)
     assert saved(tmp_path) == []
 

@@ -96,21 +96,19 @@ def meet(config: Path, workdir: Path, phase: str, kind: str, process: int) -> No
         assert "most recent call first" in said
 
 
-@pytest.mark.parametrize(
-    ("phase", "kind", "process"),
-    [
-        ("data", "raise", 1),
-        *(
-            pytest.param(phase, kind, process, marks=pytest.mark.slow)
-            for phase in PHASES
-            for kind in ("raise", "stop", "spin")
-            for process in (0, 1)
-            # Process 0 alone commits and logs; to save and to restore may take ten times as long.
-            if not (phase in ("commit", "log") and process)
-            and not (phase in ("save", "commit", "restore") and kind == "spin")
-        ),
-    ],
-)
+CASES = [
+    (phase, kind, process)
+    for phase in PHASES
+    for kind in ("raise", "stop", "spin")
+    for process in (0, 1)
+    # Process 0 alone commits and logs; to save and to restore may take ten times as long.
+    if not (phase in ("commit", "log") and process)
+    and not (phase in ("save", "commit", "restore") and kind == "spin")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "kind", "process"), CASES)
 def test_all_end_in_time_and_the_one_is_named(
     config: Path, tmp_path: Path, phase: str, kind: str, process: int
 ):

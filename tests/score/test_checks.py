@@ -40,7 +40,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"min_score": "-inf"}, "--min_score=-inf: expected a score"),
         ({"candidates": "ids.csv", "table": "int8"}, "--candidates and --table"),
         ({"until": "17671392000000"}, "--until=17671392000000: has more digits"),
-        ({"out": "s3://bucket/lists"}, "--out=s3://bucket/lists: parts are written to a disk"),
+        ({"out": "s3://bucket/lists"}, "--out=s3://bucket/lists: dynrec score takes a path of this machine"),
         ({"out": "ids.csv"}, "ids.csv: is a file; choose another --out"),
         ({"out": "ids.csv/lists"}, "ids.csv: is a file; choose another --out"),
         ({"out": "."}, "exists and is not the output of scoring"),

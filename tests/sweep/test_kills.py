@@ -179,6 +179,7 @@ def test_four_workers_on_postgres_of_which_two_are_killed(
     assert left == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_loses_its_trial_and_writes_nothing_when_it_wakes_up(
     tmp_path: Path, crew: Callable[[str, int, Sweep], Crew]
 ) -> None:

@@ -171,7 +171,7 @@ class Watchdog:
             if not standing.done:
                 what = f"has ended, {standing.seen.told()}; its own log says why"
                 self._found(_Verdict(1, self._named(index), what))
-                self._tell()  # at once: JAX may end this process, with fifty lines, before anything else does
+                self._tell()
             standing.done = True
             return False
         standing.heard = self._clock
@@ -267,6 +267,11 @@ class Watchdog:
                 line.send({"end": list(verdict)})
         if verdict.stacks:
             self._end(verdict)
+        # Where all have found the same, they are about to say it themselves. Later, JAX may end this process with fifty
+        # lines before it has said anything.
+        timer = threading.Timer(LINGER_SECONDS / 2, self._tell)
+        timer.daemon = True
+        timer.start()
 
     def _end(self, verdict: "_Verdict") -> None:
         """Ends this process: nothing that it waits for will come."""
@@ -277,7 +282,7 @@ class Watchdog:
         os._exit(verdict.status)
 
     def _tell(self) -> None:
-        if self._told or self._verdict is None:
+        if self._told or self._verdict is None or self._closing is not None:
             return
         self._told, (_, who, what, stacks, _) = True, self._verdict
         more = "; --watchdog=SECONDS allows more, 0 any number" if stacks else ""

@@ -83,7 +83,9 @@ def meet(config: Path, workdir: Path, phase: str, kind: str, process: int) -> No
     told = f"{said}\n----\n{faulty_said}"
     name = NAMED.get(phase, phase)
     if kind == "raise":
-        assert other.returncode == processes[process].returncode == 1, told
+        assert processes[process].returncode == 1, told
+        # Without process 0, JAX may be the first to end the other.
+        assert other.returncode in ((1,) if process else (1, -signal.SIGABRT)), told
         assert ended - float(began[1]) < LATER, told
         assert "RuntimeError: the fault" in faulty_said
         assert re.search(

@@ -26,6 +26,7 @@ def fault(kind: str) -> Fault:
         if kind == "raise":
             raise RuntimeError("the fault")
         if kind == "stop":
+            time.sleep(1.5)  # what it does is told once a second
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(SLOW if kind == "slow" else 3_600)
 

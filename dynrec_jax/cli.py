@@ -15,7 +15,7 @@ from types import ModuleType
 from absl import flags
 
 from dynrec_jax.allocator import restart_with_kept_memory
-from dynrec_jax.errors import ConfigError, one_line, report_errors
+from dynrec_jax.errors import AGAIN, ConfigError, one_line, report_errors
 from dynrec_jax.libtpu import hush_without_chips
 from dynrec_jax.parallel.clusters import COUNT, ORIGIN, find
 from dynrec_jax.parallel.processes import several
@@ -77,9 +77,11 @@ def _leave(arguments: list[str]) -> None:
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if status:
+    if status not in (0, AGAIN):
         os._exit(status)
-    sys.exit(0)
+    # All have come to their end, or stopped at the same point: JAX's farewell, which all of them make, is short.
+    # Without it, who leaves first would have JAX abort the others.
+    sys.exit(status)
 
 
 def _run(arguments: list[str]) -> int:

@@ -72,7 +72,8 @@ def run(number: int, arguments: Sequence[str], told: Told) -> int:
     while processes.left:
         now = time.monotonic()
         for one in processes.look():
-            if one and not status:
+            if one and (not status or (one == GOES_ON and told.by is not None)):
+                # Told to stop, those that JAX has ended behind one that was through have nothing to say.
                 status = one
                 # What one process found, it has told the others where it could; none is left behind.
                 grace = now + seconds("DYNREC_GRACE", 5.0)

@@ -228,7 +228,9 @@ class Watchdog:
         silent, longest = max(
             ((index, self._clock - each.heard) for index, each in there.items()), key=lambda one: one[1]
         )
-        allowed = max(self._allowed(each.seen) for each in there.values())
+        # Who waits for others has no work of its own that could take long.
+        busy = [each for each in there.values() if not each.seen.waits] or there.values()
+        allowed = max(self._allowed(each.seen) for each in busy)
         # Of all processes, process 0 alone sees what the others do; without it, each looks after itself.
         sees = self._processes.first or self._standing[0].done
         still = sees and all(self._clock - each.moved > allowed for each in there.values())

@@ -122,6 +122,22 @@ def test_a_stopped_process_is_named_and_ends_the_others(stopped: int):
     assert "dynrec: process" in err
 
 
+def test_who_waits_in_what_may_take_long_does_not_make_it_longer():
+    ended = run(
+        """
+        if index:
+            with pulse.at("save"):
+                processes.exchange(None)
+        with pulse.at("data"):
+            time.sleep(60)
+        """,
+        seconds=1.0,
+    )
+    for status, _, err in ended:
+        assert status == 1
+        assert "process 0 of 2 shows no sign of life for 1 s, in data after step 0" in err
+
+
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_where_nobody_goes_on_the_one_is_named_for_whom_the_others_wait(stuck: int):
     ended = run(

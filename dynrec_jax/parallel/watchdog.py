@@ -38,6 +38,16 @@ LINGER_SECONDS = 0.3  # until the others have read why this process ends
 SILENT_TICKS = 4  # after which a process, where all stand still, is the one that is the reason
 COMPILE_SECONDS = 3_600.0  # that a compiler may take, of which there is no sign of life
 LONG = 10  # so many times longer may take what gives few signs of life:
+ORDER = (
+    "start",
+    "restore",
+    "texts",
+    "data",
+    "step",
+    "evaluation",
+    "save",
+    "copy",
+)  # of what a step is made of
 LONG_PHASES = ("start", "restore", "texts", "save", "copy")
 
 
@@ -228,26 +238,23 @@ class Watchdog:
         silent, longest = max(
             ((index, self._clock - each.heard) for index, each in there.items()), key=lambda one: one[1]
         )
-        # Who waits for others has no work of its own that could take long.
-        busy = [each for each in there.values() if not each.seen.waits] or there.values()
-        allowed = max(self._allowed(each.seen) for each in busy)
-        # Of all processes, process 0 alone sees what the others do; without it, each looks after itself.
-        sees = self._processes.first or self._standing[0].done
-        still = sees and all(self._clock - each.moved > allowed for each in there.values())
+        # The one that the others wait for is behind them; its time counts, and that of a compiler anywhere.
+        index, last = min(there.items(), key=lambda one: one[1].behind)
+        allowed = max(
+            self._allowed(each.seen) for each in there.values() if each is last or each.seen.compiles
+        )
+        still = (
+            # Of all processes, process 0 alone sees what the others do; without it, each looks after itself.
+            (self._processes.first or self._standing[0].done)
+            and all(self._clock - each.moved > self._seconds for each in there.values())
+            and self._clock - last.moved > allowed
+        )
         if longest > self._seconds or (still and longest > SILENT_TICKS * TICK_SECONDS):
-            last = there[silent].seen.told()
-            what = f"has not been heard of for {longest:.0f} s; the last was: {last}"
+            told = there[silent].seen.told()
+            what = f"has not been heard of for {longest:.0f} s; the last was: {told}"
             self._found(_Verdict(1, self._named(silent), what, stacks=True))
         elif still:
-            # The one that the others wait for: not in a step that all make together, and of the fewest steps.
-            index, each = min(
-                there.items(),
-                key=lambda one: (
-                    *(one[1].seen.waits, one[1].seen.phase == "step", one[1].seen.step),
-                    one[1].moved,
-                ),
-            )
-            what = f"shows no sign of life for {allowed:.0f} s, {each.seen.told()}"
+            what = f"shows no sign of life for {allowed:.0f} s, {last.seen.told()}"
             self._found(_Verdict(1, self._named(index), what, stacks=True))
 
     def _allowed(self, seen: Seen) -> float:
@@ -337,6 +344,12 @@ class _Standing:
         self.seen = Seen()
         self.heard = self.moved = 0.0
         self.done = False
+
+    @property
+    def behind(self) -> tuple[Any, ...]:
+        """The least of it is the one that others wait for: it waits for nobody, and has come least far."""
+        phase = ORDER.index(self.seen.phase) if self.seen.phase in ORDER else 0
+        return self.seen.waits, self.seen.step, phase, self.moved
 
     def look(self, seen: Seen, now: float) -> None:
         # A compiler has its own time, from its start on.

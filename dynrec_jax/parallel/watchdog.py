@@ -107,8 +107,8 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self._wake.send(b"\0")
         self._gone.wait(timeout=2 * TICK_SECONDS)
-        if error is not None and self._lines:
-            time.sleep(LINGER_SECONDS)  # who fails ends at once, and the others are to hear why
+        if self._lines:
+            time.sleep(LINGER_SECONDS)  # who ends at once would take back what it has sent
         if self._before is not None:
             signal.set_wakeup_fd(self._before[0])
             signal.signal(signal.SIGTERM, self._before[1])
@@ -198,8 +198,8 @@ class Watchdog:
                 standing.done = True
                 if self._counts is not None:
                     self._settle_if_all()
-                if not self._processes.first:  # nobody settles any more where to stop
-                    self._gate.stop_at(math.inf)
+                if not self._processes.first:  # nobody settles any more where to stop; what is settled stays
+                    self._gate.release()
                 if value is not None:
                     status, phase, step, text = value
                     self._found(
@@ -349,7 +349,8 @@ class _Standing:
     def behind(self) -> tuple[Any, ...]:
         """The least of it is the one that others wait for: it waits for nobody, and has come least far."""
         phase = ORDER.index(self.seen.phase) if self.seen.phase in ORDER else 0
-        return self.seen.waits, self.seen.step, phase, self.moved
+        # All make the same calls, and so give about the same signs of life.
+        return self.seen.waits, self.seen.step, phase, self.seen.beats, self.moved
 
     def look(self, seen: Seen, now: float) -> None:
         # A compiler has its own time, from its start on.

@@ -13,11 +13,8 @@ Seconds are those in which this process ran: one that was stopped by its user, a
 
 import contextlib
 import faulthandler
-import hmac
-import json
 import math
 import os
-import secrets
 import selectors
 import signal
 import socket
@@ -28,9 +25,10 @@ import traceback
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from dynrec_jax.errors import AGAIN, MachineError, Preempted, one_line, status_of
-from dynrec_jax.parallel.processes import JOIN_SECONDS, Processes, keep_alive
+from dynrec_jax.errors import AGAIN, Preempted, one_line, status_of
+from dynrec_jax.parallel.processes import Processes
 from dynrec_jax.parallel.pulse import Seen
+from dynrec_jax.parallel.star import Line, connected
 
 TICK_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # in which a process may end by itself once another has
@@ -67,7 +65,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._wake, self._woken = socket.socketpair()
         self._clock, self._ticked = 0.0, time.monotonic()
-        self._lines: dict[int, _Line] = {}
+        self._lines: dict[int, Line] = {}
         self._standing: dict[int, _Standing] = {}
         self._counts: dict[int, int] | None = None  # by process, while it is settled where to stop
         self._settled = False
@@ -82,7 +80,7 @@ class Watchdog:
         for end in (self._wake, self._woken):
             end.setblocking(False)
         if self._processes.count > 1:
-            self._lines = _connected(self._processes)
+            self._lines = connected(self._processes)
         self._standing = {index: _Standing() for index in (self._processes.index, *self._lines)}
         if self._stops and threading.current_thread() is threading.main_thread():
             # The byte is written whatever the main thread is at; its own handler has nothing to do.
@@ -405,75 +403,3 @@ class _Gate:
         if self._held:
             self._held = False
             self._lock.release()
-
-
-class _Line:
-    """JSON objects over a connection, one a line; what cannot be sent is lost, as when the other end is gone."""
-
-    def __init__(self, connection: socket.socket):
-        self.connection = connection
-        self._left = b""
-        keep_alive(connection)
-        connection.settimeout(TICK_SECONDS)
-
-    def send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):
-            self.connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> list[Any] | None:
-        """What has come since the last call; None at the end."""
-        read = self.connection.recv(65_536)
-        if not read:
-            return None
-        *lines, self._left = (self._left + read).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-
-def _connected(processes: Processes) -> dict[int, _Line]:
-    """The connections of process 0 to all others, and of each of them to process 0."""
-    server = socket.create_server(("", 0), backlog=processes.count) if processes.first else None
-    mine = None if server is None else [server.getsockname()[1], secrets.token_hex(16)]
-    port, token = processes.exchange(mine)[0]
-    if server is None:
-        return {0: _call(processes, port, token)}
-    lines: dict[int, _Line] = {}
-    deadline = time.monotonic() + JOIN_SECONDS
-    with server:
-        while len(lines) < processes.count - 1:
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                missing = sorted(set(range(1, processes.count)) - lines.keys())
-                raise MachineError(
-                    f"process {missing[0]} of {processes.count} does not reach port {port} of process 0, over which "
-                    f"the processes watch each other; open the ports between the machines"
-                ) from None
-            line = _Line(connection)
-            index = _greeted(line, token)
-            if index is None:
-                connection.close()  # not one of ours: a port scanner, say
-            else:
-                lines[index] = line
-    return lines
-
-
-def _greeted(line: _Line, token: str) -> int | None:
-    try:
-        hello = line.receive()
-        return int(hello[0]["process"]) if hello and hmac.compare_digest(hello[0]["token"], token) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _call(processes: Processes, port: int, token: str) -> _Line:
-    try:
-        connection = socket.create_connection((processes.host, port), timeout=JOIN_SECONDS)
-    except OSError as error:
-        raise MachineError(
-            f"process {processes.index} of {processes.count} does not reach {processes.host}:{port} of process 0, over "
-            f"which the processes watch each other ({one_line(error)}); open the ports between the machines"
-        ) from None
-    line = _Line(connection)
-    line.send({"process": processes.index, "token": token})
-    return line

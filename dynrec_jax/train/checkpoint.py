@@ -31,9 +31,7 @@ from dynrec_jax.train.verified import Found, Reader, leaves_by_name
 Say = Callable[[str], None]
 TREES = ("model", "optimizer")
 DAMAGED = "damaged"  # the folder beside `checkpoints`
-MOST_TRIES = (
-    3  # saves in a row that may fail for a reason that may pass; those of a full disk are not counted
-)
+MOST_TRIES = 3  # saves in a row that may fail for a reason that may pass; those of a full disk do not count
 
 
 class Outcome(NamedTuple):

@@ -18,7 +18,7 @@ from dynrec_jax.errors import ConfigError, HeldRunError, MachineError, Preempted
 from dynrec_jax.files import LOCK, is_temporary
 from dynrec_jax.parallel.pulse import Pulse
 from dynrec_jax.train import manifest
-from dynrec_jax.train.attempts import FILE, tokens
+from dynrec_jax.train.attempts import FILE, tokens, tokens_of
 
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
@@ -53,7 +53,7 @@ def begin_from(address: str, folder: Path, cache_dir: str = "") -> bool:
     except Exception as error:  # each store has its own kinds
         raise MachineError(f"{told}: cannot be read ({reason(error)})") from None
     if (folder / "config.json").exists():
-        here = tokens((folder / FILE).read_text(encoding="utf-8")) if (folder / FILE).exists() else []
+        here = tokens_of(folder)
         if here[:1] != there[:1] or not here:
             raise ConfigError(
                 f"--copy_to={told}: holds the copy of another run than {folder}; give an address where nothing is"
@@ -176,12 +176,7 @@ class Copies:
     def _check_ours(self) -> None:
         """Raises HeldRunError where a start that is not known here has written there."""
         there = tokens(_text(self._files, f"{self._root}/{FILE}"))
-        own = (
-            tokens((self._folder / FILE).read_text(encoding="utf-8"))
-            if (self._folder / FILE).exists()
-            else []
-        )
-        if not set(there) <= set(own):
+        if not set(there) <= set(tokens_of(self._folder)):
             raise HeldRunError("the run was started again elsewhere, and goes on there")
 
 

@@ -7,7 +7,7 @@ is never waited for. A hook returns a reason where the run should stop.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import ml_collections
@@ -16,13 +16,13 @@ import numpy as np
 from dynrec_jax.errors import MachineError, NonFiniteError, one_line
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.parallel.pulse import Pulse
-from dynrec_jax.train.attempts import PERCENTS, SPENT, StepClock
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.flops import Utilisation
 from dynrec_jax.train.metrics_writer import MetricsWriter
 from dynrec_jax.train.progress import Progress
 from dynrec_jax.train.saving import FULL
 from dynrec_jax.train.state import TrainState
+from dynrec_jax.train.step_clock import PERCENTS, SPENT, StepClock
 
 Metrics = dict[str, Any]
 # Of the log: what differs between runs that are the same.
@@ -142,7 +142,7 @@ class EvaluateHook:
     ):
         """`interrupt` is asked between batches of users; where it says so, measuring ends, and is owed."""
         self._steps = config.train.steps
-        self._pulse, self._clock = pulse or Pulse(), clock
+        self._pulse, self._clock = pulse or Pulse(), clock or StepClock(0.0)
         self._interrupt = interrupt
         if evaluator is not None:
             evaluator.before_batch(self._go_on)
@@ -174,14 +174,13 @@ class EvaluateHook:
         return self._evaluator is not None and due and self.standing.get("evaluated") != step
 
     def _go_on(self) -> None:
-        self._pulse.beat()
         if self._interrupt():
             raise Interrupted
 
     def _measure(self, step: int, state: TrainState) -> str | None:
         assert self._evaluator is not None
         try:
-            with self._pulse.at("evaluation"), nullcontext() if self._clock is None else self._clock.aside():
+            with self._pulse.at("evaluation"), self._clock.aside():
                 measured = self._evaluator.metrics(**state.served)
         except Interrupted:
             self.interrupted, self._pulse.failed = True, None
@@ -232,7 +231,7 @@ class CheckpointHook:
         saved: Callable[[], None] = lambda: None,
     ):
         """`saved` is called when a checkpoint is on the disk."""
-        self._pulse, self._clock, self._saved = pulse or Pulse(), clock, saved
+        self._pulse, self._clock, self._saved = pulse or Pulse(), clock or StepClock(0.0), saved
         self._every = config.train.checkpoint_every
         self._checkpoints = checkpoints
         self._evaluation = evaluation
@@ -264,7 +263,7 @@ class CheckpointHook:
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        with self._pulse.at("save"), nullcontext() if self._clock is None else self._clock.aside():
+        with self._pulse.at("save"), self._clock.aside():
             yield
 
     def leave(self, step: int, state: TrainState, metrics: Metrics) -> None:

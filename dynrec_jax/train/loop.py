@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ from dynrec_jax.data.dataset import Dataset
 from dynrec_jax.data.examples import Splits
 from dynrec_jax.data.neighbours import FILE, count_neighbours, read_neighbours, write_neighbours
 from dynrec_jax.data.pipeline import BatchSource, agreed, batches, make_splits
-from dynrec_jax.errors import Preempted
 from dynrec_jax.evaluate.evaluator import Evaluator
 from dynrec_jax.models import neighbours
 from dynrec_jax.models.blocks import hidden_width
@@ -41,10 +40,10 @@ from dynrec_jax.parallel.processes import ALONE, Processes
 from dynrec_jax.parallel.pulse import Pulse
 from dynrec_jax.parallel.rules import sharding
 from dynrec_jax.parallel.table import in_rows, rows_for
-from dynrec_jax.train.attempts import SPENT, Attempt, StepClock, begin, check_current
+from dynrec_jax.train.attempts import Attempt, begin, check_current
 from dynrec_jax.train.checkpoint import Checkpoints
 from dynrec_jax.train.flops import Utilisation, training_cost
-from dynrec_jax.train.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, Metrics, Watch, WatchHook
+from dynrec_jax.train.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, Watch, WatchHook
 from dynrec_jax.train.metrics_writer import MetricsWriter, SilentWriter
 from dynrec_jax.train.optimizer import make_optimizer, make_row_optimizer, make_schedule
 from dynrec_jax.train.peak import peak_of_process
@@ -59,20 +58,15 @@ from dynrec_jax.train.state import (
     fresh_state,
 )
 from dynrec_jax.train.step import CompiledStep, Inputs, StepSettings
+from dynrec_jax.train.step_clock import SPENT, StepClock
+from dynrec_jax.train.steps import Pace, StepFunction, StopHere, never, run, stopped
 from dynrec_jax.train.texts import Read, TextBatches
 from dynrec_jax.train.trace import TraceHook
 from dynrec_jax.train.trackers import Trackers
+from dynrec_jax.train.verified import steps
 
 # Arrays of the table's size, itself included: Adam's moments, numbers of rows, and the average.
 MOST_OF_A_ROW = 5
-
-StepFunction = Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]
-StopHere = Callable[[], bool]
-
-
-def never() -> bool:
-    """No run has to stop."""
-    return False
 
 
 def train(
@@ -116,7 +110,8 @@ def train(
         shown = Progress("training", config.train.steps, quiet=not processes.first)
         progress_bar = opened.enter_context(shown)
         attempts: list[Attempt] = []  # of process 0
-        processes.first_does(lambda: attempts.append(begin(folder, newest(folder), processes.count)))
+        newest = max(steps(folder / "checkpoints"), default=0)
+        processes.first_does(lambda: attempts.append(begin(folder, newest, processes.count)))
         token = processes.exchange(attempts[0].token if attempts else "")[0]
         checkpoints = Checkpoints(
             folder / "checkpoints",
@@ -179,11 +174,6 @@ def train(
             step = run(state, made.step, stream, refresh, hooks, left, progress_bar, pace)
         checkpoints.wait()
     return {"step": step, **standing}
-
-
-def newest(folder: Path) -> int:
-    """The step of the newest checkpoint in a run folder, 0 where there is none."""
-    return max((int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()), default=0)
 
 
 def _measure_owed(step: int, state: TrainState, evaluation: EvaluateHook, saving: CheckpointHook) -> None:
@@ -386,68 +376,6 @@ def step_settings(
         pieces=row_pieces(mesh) if mesh.devices.flat[0].platform == "cpu" else 0,
         exchange=exchange,
         average=average_decay(config),
-    )
-
-
-class Pace(NamedTuple):
-    """What goes with the steps of a run.
-
-    Attributes:
-      pulse: says what is done.
-      clock: measures how long it takes.
-      stop_here: is asked after each step whether the run stops there.
-      saving: has its state on the disk then.
-    """
-
-    pulse: Pulse
-    clock: StepClock
-    stop_here: StopHere
-    saving: CheckpointHook
-
-
-def run(
-    state: TrainState,
-    step_fn: StepFunction,
-    stream: Iterator[Inputs],
-    before: Callable[[int, TrainState], TrainState],
-    hooks: Sequence[Hook],
-    steps: range,
-    progress: Progress,
-    pace: Pace,
-) -> int:
-    """Runs the steps and, `before` and after each, what is to be done; returns how many steps the run has done.
-
-    Raises:
-      Preempted: it was to stop, and what it had done is on the disk.
-    """
-    pulse, clock = pace.pulse, pace.clock
-    for number in steps:
-        clock.begins()
-        with pulse.at("data"):
-            inputs = next(stream)
-        done = number + 1
-        last = done == steps.stop
-        with pulse.at("step"):
-            state, metrics = step_fn(before(number, state), inputs)
-            reasons = [hook(done, state, metrics, last) for hook in hooks]
-        pulse.step = done
-        clock.ends()
-        reason = next((reason for reason in reasons if reason), None)
-        if reason and not last:
-            progress.say(f"stopped after step {done}: {reason}")
-            for hook in hooks:
-                hook(done, state, metrics, True)
-            return done
-        if pace.stop_here() and (not last or pace.saving.owes_metric):
-            pace.saving.leave(done, state, metrics)
-            raise stopped(done)
-    return steps.stop
-
-
-def stopped(step: int) -> Preempted:
-    """What a run ends with that was told to stop after a step."""
-    return Preempted(
-        f"stopped by SIGTERM; step {step} is on the disk, and the same command goes on from there"
     )
 
 

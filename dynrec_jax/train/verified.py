@@ -34,7 +34,7 @@ class Reader:
         return {step: _untold(*found) for step, found in everybody.exchange(told)[0]}
 
     def _scan(self) -> list[Any]:
-        return [[step, _told(self._folder / str(step))] for step in sorted(_steps(self._folder))]
+        return [[step, _told(self._folder / str(step))] for step in sorted(steps(self._folder))]
 
     def read(self, found: Found, templates: Mapping[str, Any]) -> dict[str, Any]:
         """Some trees of a checkpoint, by name, laid out as their templates are.
@@ -111,7 +111,10 @@ def leaves_by_name(trees: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _steps(folder: Path) -> list[int]:
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, whole or not; none where there is no folder."""
+    if not folder.is_dir():
+        return []
     names = [path.name for path in folder.iterdir() if path.is_dir()]
     return [int(name) for name in names if name.isascii() and name.isdigit() and str(int(name)) == name]
 

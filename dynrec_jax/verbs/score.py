@@ -175,13 +175,8 @@ def _score(
 
 def _check(values: flags.FlagValues, options: ScoreOptions, runs: int) -> None:
     """Mistakes that need no run to be seen."""
-    from dynrec_jax.data.remote import is_remote
     from dynrec_jax.score.checks import check
 
-    if is_remote(values.out):
-        raise ConfigError(
-            f"--out={values.out}: parts are written to a disk of this machine; give a folder, and copy it then"
-        )
     # How long lists are by default, the catalogue says.
     check(options if values.k is not None else dataclasses.replace(options, k=1), runs, Path(values.out))
     if values.k is not None and options.what not in (LISTS, NEIGHBOURS):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dynrec_jax.errors import DataError
-from dynrec_jax.train import manifest, saving
+from dynrec_jax.errors import DataError, HeldRunError
+from dynrec_jax.train import arrays, manifest, saving
 from dynrec_jax.train.checkpoint import Checkpoints, open_model
 from dynrec_jax.train.state import TrainState
 
@@ -250,3 +250,15 @@ def test_another_fault_of_a_save_is_raised(tmp_path: Path, monkeypatch: pytest.M
         checkpoints.wait()
     checkpoints.close()
     assert steps(tmp_path) == ["1"]
+
+
+def test_a_start_that_was_replaced_touches_nothing_of_the_newer_one(tmp_path: Path):
+    def refuse() -> None:
+        raise HeldRunError("started again elsewhere")
+
+    checkpoints = Checkpoints(tmp_path, may_write=refuse, start="old-")
+    newer = tmp_path / f"2{arrays.UNFINISHED}-new-0"
+    newer.mkdir()
+    with pytest.raises(HeldRunError, match="started again elsewhere"):
+        checkpoints.save(state_of(2), 2, {"step": 2, "standing": {}}, None)
+    assert [path.name for path in tmp_path.iterdir()] == [newer.name]

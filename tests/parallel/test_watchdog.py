@@ -13,6 +13,8 @@ from typing import ClassVar
 import pytest
 
 from dynrec_jax.errors import AGAIN
+from dynrec_jax.parallel.pulse import Seen
+from dynrec_jax.parallel.watchdog import _Standing
 
 PROLOGUE = """
 import os, signal, sys, time
@@ -165,6 +167,24 @@ def test_one_process_is_watched_as_well():
     assert err.startswith("dynrec: this process shows no sign of life for 1 s, in data after step 0")
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Seen("step", 4), Seen("data", 4, waits=True)),
+        (Seen("step", 3), Seen("data", 4)),
+        (Seen("data", 4), Seen("step", 4)),
+        (Seen("step", 4), Seen("save", 4)),
+        (Seen("texts", 4), Seen("step", 4)),
+        (Seen("evaluation", 4, beats=70), Seen("evaluation", 4, beats=71)),
+    ],
+)
+def test_who_has_come_least_far_is_behind(one: Seen, other: Seen):
+    standings = _Standing(), _Standing()
+    for standing, seen in zip(standings, (one, other), strict=True):
+        standing.look(seen, 0.0)
+    assert standings[0].behind < standings[1].behind
+
+
 def test_what_takes_its_time_is_no_alarm():
     ended = run(
         """
@@ -197,7 +217,12 @@ def test_a_compiler_has_its_own_time():
 
 
 def test_a_process_that_was_stopped_by_its_user_goes_on():
-    started = Started("with pulse.at('data'): time.sleep(1.5)", 1, seconds=3.0)
+    body = """
+    with pulse.at("data"):
+        for _ in range(20):  # one long sleep would be over when it wakes up
+            time.sleep(0.1)
+    """
+    started = Started(body, 1, seconds=3.0)
     (process,) = started.processes
     process.send_signal(signal.SIGSTOP)
     time.sleep(4)

@@ -54,6 +54,13 @@ def there(store: fsspec.AbstractFileSystem) -> dict[str, str]:
     return {name.removeprefix(root): store.cat(name).decode(errors="replace") for name in store.find(root)}
 
 
+def wait_for(store: fsspec.AbstractFileSystem, name: str, text: str) -> None:
+    deadline = time.monotonic() + 20
+    while there(store).get(name) != text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 WHOLE = {
     "config.json": "{}",
     "run.json": "{}",
@@ -69,10 +76,7 @@ def test_what_belongs_to_a_run_is_copied_and_what_is_gone_goes(
 ):
     with contextlib.suppress(Preempted), kept(run, ADDRESS, Pulse()) as update:
         update()
-        deadline = time.monotonic() + 20
-        while there(store) != WHOLE:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(store, "checkpoints/5/manifest.json", "manifest")
         (run / "metrics.jsonl").write_text("one\ntwo")
         shutil.copytree(run / "checkpoints" / "5", run / "checkpoints" / "10")
         shutil.rmtree(run / "checkpoints" / "5")
@@ -162,8 +166,10 @@ def test_what_was_cut_short_there_is_made_anew_and_what_is_not_ours_stays(
     assert there(store) == {**WHOLE, "checkpoints/3/manifest.json": "of an earlier start"}
     # Set aside here since it was damaged here; there it may be whole.
     with kept(run, ADDRESS, Pulse()) as update:
-        shutil.move(run / "checkpoints" / "5", run / "damaged" / "5")
+        (run / "metrics.jsonl").write_text("one\ntwo")
         update()
+        wait_for(store, "metrics.jsonl", "one\ntwo")
+        shutil.move(run / "checkpoints" / "5", run / "damaged" / "5")
     assert "checkpoints/5/manifest.json" in there(store)
 
 

@@ -224,6 +224,7 @@ def test_a_process_that_was_stopped_by_its_user_goes_on():
     """
     started = Started(body, 1, seconds=3.0)
     (process,) = started.processes
+    time.sleep(0.5)
     process.send_signal(signal.SIGSTOP)
     time.sleep(4)
     process.send_signal(signal.SIGCONT)
